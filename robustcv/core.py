@@ -81,7 +81,7 @@ def normalized(strength:float, # a radius or standard deviation in normalised un
     "Translate a strength from normalised units to pixel units."
     return strength * torch.tensor(std).view(-1, 1, 1)
 
-# %% ../nbs/00_core.ipynb #6801efe3
+# %% ../nbs/00_core.ipynb #53d43b21
 @dataclass(frozen=True)
 class Scale:
     "How much data and training a run gets."
@@ -91,13 +91,14 @@ class Scale:
     val_per_class:int|None   # validation images a class; None: all
     epochs:int          # training epochs
     batch_size:int      # images a step
+    lr:float            # peak learning rate
     seeds:tuple         # seeds that a statistic rests on
 
 SCALES = {s.name: s for s in (
-    Scale("smoke", 4, 40, 20, 2, 32, (0,)),
-    Scale("demo", 10, 200, 50, 10, 64, (0,)),
-    Scale("lite", 20, 300, 50, 15, 64, (0, 1)),
-    Scale("full", None, None, None, 30, 128, (0, 1, 2)))}
+    Scale("smoke", 4, 40, 20, 2, 16, 0.02, (0,)),
+    Scale("demo", 10, 200, 50, 10, 64, 0.1, (0,)),
+    Scale("lite", 20, 300, 50, 15, 64, 0.1, (0, 1)),
+    Scale("full", None, None, None, 30, 128, 0.1, (0, 1, 2)))}
 
 # %% ../nbs/00_core.ipynb #b62eb7ea
 @contextmanager
@@ -112,7 +113,7 @@ def atomic_path(path, # the file to write
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #8d83c2cd
+# %% ../nbs/00_core.ipynb #8af20262
 SCHEMA = 1 # version of the record's fields
 RECORD_FIELDS = dict(schema=int, id=str, section=str, name=str, scale=str, config=dict, seed=int, data=dict, commit=str,
                      versions=dict, device=str, seconds=(int, float), time=str, metrics=dict)
@@ -124,8 +125,10 @@ def run_id(section:str, # section of the library, e.g. "baseline"
            seed:int, # the run's seed
            data:dict, # at least `fingerprint`
           ) -> str: # 16 hex digits
-    "Identify a run by what was run, not by when or where."
-    what = json.dumps([section, name, scale, config, seed, data["fingerprint"]], sort_keys=True)
+    "Identify a run by what was run, not by when or where; settings that are off (None, False, empty) do not count, so that new ones can be added."
+    off = lambda v: v is None or v is False or v == {} or v == []
+    essence = lambda c: {k: essence(v) for k, v in c.items() if not off(v)} if isinstance(c, dict) else c
+    what = json.dumps([section, name, scale, essence(config), seed, data["fingerprint"]], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/00_core.ipynb #be4736f8
