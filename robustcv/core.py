@@ -186,7 +186,7 @@ def check_record(record, # what a line of a record file held
         if not isinstance(record.get(field), kind): raise ValueError(f"{where}: field '{field}' is missing or has the wrong type")
     return record
 
-# %% ../nbs/00_core.ipynb #f22e0d82
+# %% ../nbs/00_core.ipynb #cf447e87
 def append_record(path, # JSON lines file; created if missing
                   record:dict, # from `make_record`
                  ):
@@ -205,7 +205,7 @@ def load_records(path, # JSON lines file, or a folder of them; a missing one hol
                 ) -> list: # of dictionaries, in the order they were written, one per id (the last)
     "Read records, checked; an unfinished line is skipped with a warning that names it."
     path, records = Path(path), {}
-    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []:
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []:
         for n, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             if not line.strip(): continue
             try: record = json.loads(line)

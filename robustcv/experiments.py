@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'Run', 'baseline', 'scale_data', 'describe_data', 'train_run', 'run_section', 'one_setting', 'table',
-           'caption', 'pool', 'by_name', 'filters', 'draw_figures']
+           'caption', 'markdown', 'pool', 'by_name', 'filters', 'draw_figures']
 
 # %% ../nbs/20_experiments.ipynb #db14b036
 import base64, time
@@ -110,7 +110,7 @@ def run_section(section:str, # one of `SECTIONS`
         say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {time.perf_counter() - start:.0f} s")
     return [r for r in load_records(file) if r["id"] in wanted]
 
-# %% ../nbs/20_experiments.ipynb #143d24f7
+# %% ../nbs/20_experiments.ipynb #1506ecb1
 def one_setting(records:list) -> list:
     "The records, if all are of one scale and one data set; a `ValueError` otherwise."
     if not records: raise ValueError("no records: run the section first, e.g. `robustcv run baseline`")
@@ -137,6 +137,11 @@ def caption(records:list) -> str:
     epochs = ", ".join(sorted({str(len(x["metrics"]["history"])) for x in records}))
     return (f"scale {r['scale']}: {what}, {d['classes']} classes, {d['train']:,} training images of {d['pixels']} pixels, {epochs} epochs; "
             f"n = {d['valid']:,} validation images; {len({x['seed'] for x in records})} seed(s); {r['device']}; commit {', '.join(sorted({x['commit'] for x in records}))}")
+
+def markdown(frame:pd.DataFrame) -> str:
+    "A data frame of strings and numbers as a Markdown table."
+    rows = [frame.columns, ["---"]*len(frame.columns), *frame.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(str(c) for c in r) + " |" for r in rows)
 
 # %% ../nbs/20_experiments.ipynb #0b2dbe3f
 def pool(records:list) -> pd.DataFrame:

@@ -1,0 +1,67 @@
+# robustcv: `make demo` shows it, `make test` checks it, `make lab` opens the notebooks.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SCALE ?= demo
+DATA ?=
+OUT ?= demo
+
+.PHONY: demo test lab bench check export readme notebooks clean help
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   train, perturb, measure, draw        SCALE=$(SCALE) DATA=folder OUT=$(OUT)"
+	@echo "make test   notebooks, tests, and what must be current"
+	@echo "make lab    JupyterLab on nbs/"
+	@echo "make bench  speed beside peers                   DATA=folder"
+	@echo "for whoever changes notebooks: make export readme notebooks"
+
+# An installation that was interrupted leaves .installing behind and is started over.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "robustcv needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@if [ -e $(VENV)/.installing ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
+	@touch $(VENV)/.installing
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(1)'
+	@rm $(VENV)/.installing && touch $@
+endef
+
+$(VENV)/.installed: settings.ini setup.py pyproject.toml
+	$(call install,)
+
+$(VENV)/.installed-dev: settings.ini setup.py pyproject.toml
+	$(call install,[dev])
+	@touch $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/robustcv demo --scale $(SCALE) --out $(OUT) $(if $(DATA),--data "$(DATA)")
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=5
+
+# exported modules, cleaned notebooks and README must be what the notebooks say
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check robustcv tests scripts setup.py
+	$(BIN)/python scripts/check_current.py
+
+lab: $(VENV)/.installed-dev
+	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m robustcv.benchmarks $(if $(DATA),--data "$(DATA)")
+
+export: $(VENV)/.installed-dev
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+
+readme: $(VENV)/.installed-dev
+	$(BIN)/python scripts/readme.py
+
+# run every notebook and keep its outputs; cells marked `#| gpu` only with GPU=1
+notebooks: export
+	$(BIN)/python scripts/execute.py $(if $(GPU),--gpu) nbs/*.ipynb
+	$(BIN)/nbdev_clean
+	$(BIN)/python scripts/readme.py
+
+clean:
+	rm -rf demo runs build *.egg-info

@@ -1,0 +1,34 @@
+"""One thread, a cache of its own, and the two data sets that tests read."""
+import os
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from robustcv.synthetic import make_synthetic
+
+settings.register_profile("robustcv", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("robustcv")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def isolated(tmp_path_factory):
+    torch.set_num_threads(1)
+    os.environ["ROBUSTCV_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    "Four classes of six training and three validation images of 32 pixels, in the official layout; read only."
+    return make_synthetic(tmp_path_factory.mktemp("data")/"tiny", 6, 3, classes=4, size=32)
+
+
+@pytest.fixture(scope="session")
+def real():
+    "The folder of the real Tiny ImageNet."
+    path = os.environ.get("ROBUSTCV_TINY_IMAGENET")
+    if not path: pytest.skip("set ROBUSTCV_TINY_IMAGENET to the folder of the real data")
+    return Path(path)
