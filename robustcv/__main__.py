@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'command', 'get', 'synthetic', 'info', 'train', 'evaluate_model', 'run', 'demo', 'main']
 
-# %% ../nbs/40_command_line.ipynb #535682ae
+# %% ../nbs/40_command_line.ipynb #b830c679
 import functools, json, sys, warnings
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import pandas as pd
 import typer
 
 from .core import SCALES, choose, device_name, load_records, pick_device, seed_everything
-from .data import download_tiny_imagenet, load_data
+from .data import load_data
+from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, unpack
 from .experiments import SECTIONS, caption, draw_figures, run_section, scale_data, table
 from .models import build_model, load_model, save_model

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SCALES', 'SCHEMA', 'RECORD_FIELDS', 'choose', 'derive_seed', 'generator',
-           'seed_everything', 'pick_device', 'device_name', 'normalized', 'Scale', 'atomic_path', 'run_id', 'describe',
-           'git_commit', 'library_versions', 'make_record', 'check_record', 'append_record', 'load_records',
-           'set_style']
+           'seed_everything', 'pick_device', 'device_name', 'normalized', 'Scale', 'atomic_path', 'disk_errors',
+           'run_id', 'describe', 'git_commit', 'library_versions', 'make_record', 'check_record', 'append_record',
+           'load_records', 'set_style']
 
-# %% ../nbs/00_core.ipynb #1b0dc547
-import difflib, hashlib, json, os, platform, random, subprocess, time, warnings
+# %% ../nbs/00_core.ipynb #e5bf156a
+import difflib, errno, hashlib, json, os, platform, random, subprocess, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -113,6 +113,17 @@ def atomic_path(path, # the file to write
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #e54c6780
+@contextmanager
+def disk_errors(path, # what is being written
+               ): # context manager
+    "Turn a full or closed disk into an `OSError` that names the path and the remedy."
+    try: yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS): raise
+        raise OSError(e.errno, f"cannot write {path}: {os.strerror(e.errno)}; free some space or choose another folder "
+                      "(for the cache: the environment variable ROBUSTCV_CACHE or the argument cache=)") from None
+
 # %% ../nbs/00_core.ipynb #8af20262
 SCHEMA = 1 # version of the record's fields
 RECORD_FIELDS = dict(schema=int, id=str, section=str, name=str, scale=str, config=dict, seed=int, data=dict, commit=str,
@@ -186,7 +197,7 @@ def check_record(record, # what a line of a record file held
         if not isinstance(record.get(field), kind): raise ValueError(f"{where}: field '{field}' is missing or has the wrong type")
     return record
 
-# %% ../nbs/00_core.ipynb #cf447e87
+# %% ../nbs/00_core.ipynb #ceda0462
 def append_record(path, # JSON lines file; created if missing
                   record:dict, # from `make_record`
                  ):
@@ -209,7 +220,7 @@ def load_records(path, # JSON lines file, or a folder of them; a missing one hol
         for n, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             if not line.strip(): continue
             try: record = json.loads(line)
-            except json.JSONDecodeError: warnings.warn(f"{file}:{n}: unfinished record skipped; its run will be repeated"); continue
+            except json.JSONDecodeError: warnings.warn(f"{file}:{n}: unfinished record skipped; its run will be repeated", stacklevel=2); continue
             record = check_record(record, f"{file}:{n}")
             records.pop(record["id"], None); records[record["id"]] = record
     return list(records.values())

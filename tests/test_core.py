@@ -22,7 +22,7 @@ def ids(path): return [r["seed"] for r in load_records(path)]
 
 
 def test_derive_seed_is_the_same_on_every_machine():
-    assert derive_seed(0, "order", 3) == 3788413092107553962
+    assert derive_seed(0, "order", 3) == 8244215730568551301
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from(["order", "transform", "1"]), st.integers(0, 9)), min_size=2, unique=True))
 def test_derived_seeds_are_distinct(purposes):
@@ -87,9 +87,9 @@ def test_atomic_path_keeps_the_old_file_on_a_crash(tmp_path):
 
 
 def test_records_round_trip_in_order_and_the_last_of_an_id_counts(tmp_path):
-    for r in (record(1), record(2), {**record(1), "scale": "demo"}): append_record(tmp_path/"a"/"r.jsonl", r)
-    assert load_records(tmp_path/"a"/"r.jsonl") == [record(2), {**record(1), "scale": "demo"}]
-    assert load_records(tmp_path) == load_records(tmp_path/"a"/"r.jsonl") # a folder is searched
+    for r in (record(1), record(2), {**record(1), "scale": "demo"}): append_record(tmp_path/"r.jsonl", r)
+    assert load_records(tmp_path/"r.jsonl") == [record(2), {**record(1), "scale": "demo"}]
+    assert load_records(tmp_path) == load_records(tmp_path/"r.jsonl") # a folder is searched
 
 def test_a_missing_file_holds_no_records(tmp_path): assert load_records(tmp_path/"none.jsonl") == []
 
