@@ -32,7 +32,7 @@ def cross_entropy(model, # maps (B,3,H,W) in [0,1] to logits (B,K)
     "Cross-entropy of the logits and the labels."
     return F.cross_entropy(model(batch.images).float(), batch.labels, label_smoothing=label_smoothing)
 
-# %% ../nbs/04_training.ipynb #d4de0b88
+# %% ../nbs/04_training.ipynb #c13bf61f
 @dataclass(frozen=True)
 class Training:
     "How long and how fast to train."
@@ -49,6 +49,7 @@ class Training:
         choose("keep", self.keep, ["last", "best"]); choose("precision", self.precision, ["auto", "bf16", "fp32"])
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.warmup <= 1: raise ValueError(f"warmup={self.warmup}: a share between 0 and 1")
         if not self.lr > 0: raise ValueError(f"lr={self.lr}: must be positive")
 
 # %% ../nbs/04_training.ipynb #38220a79
@@ -133,7 +134,7 @@ def _epoch(run, epoch, check_every=50):
     seconds = time.perf_counter() - start
     return {"loss": float(total)/i, "seconds": round(seconds, 2), "images_per_second": round(i*run.config.batch_size/seconds, 1)}
 
-# %% ../nbs/04_training.ipynb #1b404ae0
+# %% ../nbs/04_training.ipynb #83a5173f
 @dataclass
 class _Run:
     "Everything that a run's steps need."
@@ -150,7 +151,7 @@ def _set_up(model, train, valid, objective, transform, config, seed, device, fol
     few = take(train, torch.randperm(len(train), generator=generator(seed, "probe"))[:len(valid)].sort().values)
     probes = {"train_accuracy": Batches(few, 256, **shard), "valid_accuracy": Batches(valid, 256, **shard)}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.epochs*len(batches), pct_start=config.warmup, cycle_momentum=False)
+    schedule = _one_cycle(optimizer, config, config.epochs*len(batches))
     signature = json.dumps(describe(dict(config=config, objective=objective, transform=transform, seed=seed, data=[train.fingerprint, valid.fingerprint],
                                          model=getattr(model, "config", type(model).__name__), frozen=getattr(model, "frozen", ()))))
     checkpoint = Checkpoint(folder, model, optimizer, schedule, signature)
@@ -159,7 +160,12 @@ def _set_up(model, train, valid, objective, transform, config, seed, device, fol
     return _Run(model, acc.prepare(model) if acc.num_processes > 1 else model, batches, probes, objective, transform, config, seed, device,
                 acc.backward, acc.reduce, acc.is_main_process, optimizer, schedule, checkpoint, bar)
 
-# %% ../nbs/04_training.ipynb #aab1819a
+# %% ../nbs/04_training.ipynb #11e7254b
+def _one_cycle(optimizer, config, steps):
+    "torch's one-cycle schedule from a 25th of the peak; it divides by zero unless the rise takes at least two steps."
+    steps = max(2, steps)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=min(1., max(config.warmup, 2/steps)), cycle_momentum=False)
+
 def _accelerator(device):
     "Accelerate's handle on this process, and the device: with one process, the one asked for."
     device = pick_device(device)

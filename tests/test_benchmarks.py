@@ -1,0 +1,40 @@
+"The arithmetic of the benchmark report; no speed is asserted here."
+import json
+
+import pytest
+
+from robustcv import benchmarks
+
+
+def test_interleave_calls_in_turn_after_a_warm_up():
+    calls = []
+    seconds = benchmarks.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    assert "".join(calls) == "ab" * 4 and set(seconds) == {"a", "b"} and min(seconds.values()) >= 0
+
+
+def test_line_compares_with_the_best_peer_and_the_floor():
+    row = benchmarks.line("x", {"ours": 2.0, "slow": 8.0, "fast": 4.0, "floor": 1.0}, images=100, rounds=5)
+    assert row["ours"] == 50 and row["peers"] == {"slow": 12.5, "fast": 25.0}
+    assert row["best_peer_ratio"] == 2 and row["floor"] == 100 and row["floor_ratio"] == 0.5 and row["n"] == 5
+    json.dumps(row)
+
+
+def test_a_missing_peer_leaves_no_ratio():
+    row = benchmarks.line("x", {"ours": 2.0}, images=100, rounds=5)
+    assert row["peers"] == {} and row["best_peer_ratio"] is None and row["floor_ratio"] is None
+
+
+def test_every_measure_of_the_data_runs_on_a_small_set(tiny):
+    rows = list(benchmarks.batches(tiny, rounds=1)) + list(benchmarks.decode(tiny, rounds=1))
+    assert [r["measure"] for r in rows] == ["batches", "decode", "open"]
+    assert all(r["ours"] > 0 for r in rows)
+
+
+def test_training_steps_run(monkeypatch):
+    row, = benchmarks.train_step(None, rounds=1, steps=1, batch=4)
+    assert set(row["peers"]) == {"bare loop, bf16 channels_last", "bare loop, float32"}
+
+
+def test_an_unknown_measure_is_named():
+    with pytest.raises(ValueError, match="unknown measure 'batchs': did you mean 'batches'"):
+        next(benchmarks.bench(["batchs"]))
