@@ -172,7 +172,7 @@ def unpack(rows:list) -> pd.DataFrame: # as `evaluate` gave it, without `predict
         out.append([r["perturbation"], strength, r["unit"], r["correct"], r["n"], 100*r["correct"]/r["n"], 100*low, 100*high, r["seconds"], hits])
     return pd.DataFrame(out, columns=COLUMNS[:-1])
 
-# %% ../nbs/05_evaluation.ipynb #7de2647e
+# %% ../nbs/05_evaluation.ipynb #5f9b94cd
 def plot_bars(tables:dict, # name to an evaluation
               ax=None, # matplotlib axes; None: new ones
              ): # the axes
@@ -186,7 +186,7 @@ def plot_bars(tables:dict, # name to an evaluation
         ax.bar(at, t.accuracy, width, label=name, color=f"C{i}", yerr=[t.accuracy - t.low, t.high - t.accuracy], error_kw=dict(lw=.8, ecolor=".3"))
     labels = [p if math.isnan(s) else f"{p} {s:g}" for p, s in zip(first.perturbation, first.strength, strict=True)]
     ax.set_xticks(range(len(first)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-    ax.set(ylabel="accuracy (%)", title=f"accuracy on {first.n.iloc[0]:,} images, 95 % intervals", ylim=(0, 100), xlim=(-.6, len(first) - .4))
+    ax.set(ylabel="accuracy (%)", title=f"n = {first.n.iloc[0]:,} a bar, 95 % intervals", ylim=(0, 100), xlim=(-.6, len(first) - .4))
     ax.grid(False, axis="x"); ax.legend(loc="upper right", ncols=len(tables), fontsize=8)
     return ax
 

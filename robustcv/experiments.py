@@ -162,7 +162,7 @@ def filters(record:dict) -> torch.Tensor: # (O,3,k,k)
     f = record["metrics"]["filters"]
     return torch.from_numpy(np.frombuffer(base64.b64decode(f["float16"]), "<f2").reshape(f["shape"]).astype(np.float32))
 
-# %% ../nbs/20_experiments.ipynb #5424a14e
+# %% ../nbs/20_experiments.ipynb #f35e6b62
 def draw_figures(records:list, # of one section, scale and data set
                  folder, # where the PNG files go
                  images:ImageSet|None=None, # for a picture of the perturbations
@@ -179,5 +179,5 @@ def draw_figures(records:list, # of one section, scale and data set
     keep("perturbations", plot_bars({n: pool(rs) for n, rs in runs.items()}).figure)
     w = filters(r)
     keep("filters", show_images(.5 + .5*w/w.abs().amax((1, 2, 3), keepdim=True), columns=16, size=.5))
-    if images is not None: keep("examples", show_perturbations(images.images[torch.linspace(0, len(images) - 1, 6).long()], standard_perturbations()[::2]))
+    if images is not None: keep("examples", show_perturbations(images.images[torch.linspace(0, len(images) - 1, 4).long()], standard_perturbations()[::2]))
     return out

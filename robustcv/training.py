@@ -110,7 +110,7 @@ class Checkpoint:
         self.history, self.best = json.loads(state["history"]), state["best"]
         return len(self.history)
 
-# %% ../nbs/04_training.ipynb #e129cc41
+# %% ../nbs/04_training.ipynb #0fd2f0e9
 def _step(run, batch, gen):
     "One update; returns the loss, still on the device."
     if run.transform is not None: batch = replace(batch, images=run.transform(batch.images, gen))
@@ -123,16 +123,17 @@ def _step(run, batch, gen):
 def _epoch(run, epoch, check_every=50):
     "One pass over the training images; returns its mean loss and speed."
     run.parallel.train(); torch.manual_seed(derive_seed(run.seed, "epoch", epoch))
-    gen, total, start = generator(run.seed, "transform", epoch), 0., time.perf_counter()
+    rank, total, start = run.batches.rank, 0., time.perf_counter()
+    gen = generator(run.seed, "transform", epoch, *([rank] if rank else [])) # each process transforms images of its own
     for i, batch in enumerate(run.batches.epoch(epoch), 1):
         total = total + _step(run, batch, gen)
         run.bar.update(run.config.batch_size)
-        if (i % check_every == 0 or i == len(run.batches)) and not math.isfinite(float(total)):
+        if (i % check_every == 0 or i == len(run.batches)) and not math.isfinite(loss := float(run.reduce(total, "mean"))):
             kept = f"the checkpoint in {run.checkpoint.folder} is from before" if run.checkpoint.folder and epoch else "nothing was saved"
             raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {i}: lower the learning rate (lr={run.config.lr}) "
                                      f"or use precision='fp32'; {kept}")
     seconds = time.perf_counter() - start
-    return {"loss": float(total)/i, "seconds": round(seconds, 2), "images_per_second": round(i*run.config.batch_size/seconds, 1)}
+    return {"loss": loss/i, "seconds": round(seconds, 2), "images_per_second": round(i*run.config.batch_size/seconds, 1)}
 
 # %% ../nbs/04_training.ipynb #83a5173f
 @dataclass
