@@ -22,10 +22,10 @@ from .synthetic import make_synthetic
 from .training import Training, fit
 from .transforms import Compose, RandomCrop, RandomHorizontalFlip
 
-# %% ../nbs/40_command_line.ipynb #4f462efc
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+# %% ../nbs/40_command_line.ipynb #0d0b5b65
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Image classifiers that keep working in the real world: train, perturb, measure, compare.")
-data_app = typer.Typer(no_args_is_help=True, help="Fetch, make or inspect image sets.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Fetch, make or inspect image sets.")
 app.add_typer(data_app, name="data")
 _debug = False
 

@@ -141,7 +141,7 @@ def wilson(correct:int, n:int, confidence:float=0.95) -> tuple[float, float]: # 
     interval = binomtest(int(correct), int(n)).proportion_ci(confidence, "wilson")
     return float(interval.low), float(interval.high)
 
-# %% ../nbs/05_evaluation.ipynb #bbf99741
+# %% ../nbs/05_evaluation.ipynb #3970a067
 def compare(before, # (n,) bool: which images the first model has right
             after, # (n,) bool: the same images under the second model
             confidence:float=0.95, # of the interval
@@ -152,7 +152,7 @@ def compare(before, # (n,) bool: which images the first model has right
         raise ValueError(f"before, after: need the same images, got shapes {before.shape} and {after.shape}")
     n, gained, lost = len(before), int((after & ~before).sum()), int((before & ~after).sum())
     p12, p21 = (gained + 1)/(n + 2), (lost + 1)/(n + 2)
-    half = norm.ppf(.5 + confidence/2)*math.sqrt((p12 + p21 - (p12 - p21)**2)/(n + 2))
+    half = float(norm.ppf(.5 + confidence/2))*math.sqrt((p12 + p21 - (p12 - p21)**2)/(n + 2))
     return dict(difference=100*(gained - lost)/n, low=100*max(-1, p12 - p21 - half), high=100*min(1, p12 - p21 + half),
                 p=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1., gained=gained, lost=lost, n=n)
 

@@ -207,7 +207,7 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
     model.eval()
     return pd.DataFrame(run.checkpoint.history)
 
-# %% ../nbs/04_training.ipynb #9af13594
+# %% ../nbs/04_training.ipynb #1ba3efd1
 def plot_history(histories:dict, # name to the data frame that `fit` returns
                  ax=None, # matplotlib axes; None: new ones
                 ): # the axes
@@ -218,5 +218,5 @@ def plot_history(histories:dict, # name to the data frame that `fit` returns
         ax.plot(h["epoch"], h["valid_accuracy"], color=f"C{i}", marker="o", markersize=3, label=name)
         ax.plot(h["epoch"], h["train_accuracy"], color=f"C{i}", linestyle="--", alpha=.7)
     ax.set(xlabel="epoch", ylabel="accuracy (%)", title="solid: validation, dashed: training (not augmented)")
-    ax.legend()
+    ax.xaxis.get_major_locator().set_params(integer=True); ax.legend()
     return ax

@@ -1,6 +1,5 @@
 "Run notebooks in place and keep their outputs; cells marked `#| eval: false`, and without --gpu `#| gpu`, are left as they are."
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -20,11 +19,12 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("notebooks", nargs="+", type=Path)
 parser.add_argument("--gpu", action="store_true")
 args = parser.parse_args()
-os.environ["TQDM_DISABLE"] = "1"  # a progress bar is no output to keep
 for path in args.notebooks:
     nb = nbformat.read(path, as_version=4)
     client = Client(nb, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     client.gpu = args.gpu
     client.execute()
+    for cell in nb.cells:  # a progress bar is no output to keep
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
     nbformat.write(nb, path)
     print(f"{path}: {path.stat().st_size/1e3:,.0f} kB")

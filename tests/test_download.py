@@ -90,11 +90,13 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n" + CONT
 @pytest.mark.parametrize("event", [404, 503, b"", b"nonsense\r\n\r\n", CHUNKED], ids=["404", "503", "hangs up", "not HTTP", "broken chunk"])
 def test_a_failing_server_is_named_with_the_way_out(serve, tmp_path, event): # BUG: http.client's errors ("not HTTP", "broken chunk") escape
     url, sent = serve(events=[event]*3)
-    with pytest.raises(ConnectionError, match=f"cannot download {url}: .*put the file at {tmp_path}/file yourself"): fetch(url, tmp_path/"file", tries=3)
+    with pytest.raises(ConnectionError, match=f"cannot download {url}: .*put the file at {tmp_path}/file yourself"):
+        fetch(url, tmp_path/"file", tries=3)
     assert len(sent) == 3 and not (tmp_path/"file").exists()
 
 def test_a_server_that_is_down_is_named(serve, tmp_path):
-    with pytest.raises(ConnectionError, match="cannot download http://127.0.0.1:1/x.*refused"): fetch("http://127.0.0.1:1/x", tmp_path/"file")
+    with pytest.raises(ConnectionError, match="cannot download http://127.0.0.1:1/x.*refused"):
+        fetch("http://127.0.0.1:1/x", tmp_path/"file")
 
 
 def archive(path, entries=(("top/a.txt", b"a"), ("top/deep/b.txt", b"b")), link=None):

@@ -61,7 +61,8 @@ def test_the_folder_above_is_found_too(official):
     official.rename(official.parent/"tiny-imagenet-200")
     assert len(load_tiny_imagenet(official.parent)) == 24
 
-@pytest.mark.parametrize("box, expected", [("0\t0\t31\t31", [0, 0, 1, 1]), ("0\t0\t0\t0", None), ("9\t9\t3\t3", None), ("5\t5\t5\t20", None),
+@pytest.mark.parametrize("box, expected", [("0\t0\t31\t31", [0, 0, 1, 1]), ("0\t0\t0\t0", None), ("9\t9\t3\t3", None),
+    ("5\t5\t5\t20", None),
                                            ("0\t0\t63\t99", [0, 0, 1, 1]), ("8\t4\t15\t11", [.25, .125, .5, .375])])
 def test_boxes_are_inclusive_and_clipped_and_empty_ones_have_no_area(official, box, expected):
     edit(official/"train"/"s00000001"/"s00000001_boxes.txt", lambda n, line: f"{line.split(chr(9))[0]}\t{box}" if n == 2 else line)
@@ -90,14 +91,16 @@ def test_classes_of_one_name_are_told_apart_and_unnamed_ones_keep_their_wnid(off
     (official/"words.txt").write_text("s00000001\tcrane, bird\ns00000002\tcrane\n")
     assert load_tiny_imagenet(official).classes == ("crane (s00000001)", "crane (s00000002)", "s00000003", "s00000004")
 
-@pytest.mark.parametrize("line", ["x.JPEG\t1\t2\t3", "x.JPEG\ta\tb\tc\td", "x.JPEG\t0\t0\tnan\t5", "x.JPEG 0 0 5 5", "x.JPEG\t1\t2\t3\t4\t5"])
+@pytest.mark.parametrize("line", ["x.JPEG\t1\t2\t3", "x.JPEG\ta\tb\tc\td", "x.JPEG\t0\t0\tnan\t5", "x.JPEG 0 0 5 5",
+    "x.JPEG\t1\t2\t3\t4\t5"])
 def test_a_malformed_annotation_is_named_by_file_and_line(official, line):
     edit(official/"train"/"s00000002"/"s00000002_boxes.txt", lambda n, old: line if n == 3 else old)
     with pytest.raises(ValueError, match="s00000002_boxes.txt:4: expected 5 tab-separated columns"): load_tiny_imagenet(official)
 
 def test_an_unknown_class_in_the_annotations_is_named(official):
     edit(official/"val"/"val_annotations.txt", lambda n, line: line.replace(line.split("\t")[1], "n777") if n == 1 else line)
-    with pytest.raises(ValueError, match=r"val_annotations.txt: class n777 of val_1.JPEG is not in wnids.txt"): load_tiny_imagenet(official, "val")
+    with pytest.raises(ValueError, match=r"val_annotations.txt: class n777 of val_1.JPEG is not in wnids.txt"):
+        load_tiny_imagenet(official, "val")
 
 @pytest.mark.parametrize("gone, split", [("train/s00000003/images", "train"), ("train/s00000003/s00000003_boxes.txt", "train"),
                                          ("val/images", "val"), ("val/val_annotations.txt", "val")])
@@ -129,9 +132,16 @@ def test_the_real_set_has_its_published_size(real):
 def test_every_format_is_decoded_as_pil_does(tmp_path):
     root = tmp_path/"mixed"; (root/"a"/"deep").mkdir(parents=True)
     picture(1).save(root/"a"/"0.png"); picture(2).save(root/"a"/"1.JPEG"); picture(3, mode="P").save(root/"a"/"2.png")
-    picture(4, mode="RGBA").save(root/"a"/"3.png"); picture(5, mode="CMYK").save(root/"a"/"4.jpg"); picture(6, mode="L").save(root/"a"/"5.png")
-    picture(7).save(root/"a"/"6.gif"); picture(8).save(root/"a"/"7.webp"); picture(9).save(root/"a"/"8.bmp"); picture(10).save(root/"a"/"9.tif")
-    picture(11, mode="1").save(root/"a"/"9a.png"); picture(12).save(root/"a"/"deep"/"0.ppm"); (root/"a"/"notes.txt").write_text("not an image")
+    picture(4, mode="RGBA").save(root/"a"/"3.png")
+    picture(5, mode="CMYK").save(root/"a"/"4.jpg")
+    picture(6, mode="L").save(root/"a"/"5.png")
+    picture(7).save(root/"a"/"6.gif")
+    picture(8).save(root/"a"/"7.webp")
+    picture(9).save(root/"a"/"8.bmp")
+    picture(10).save(root/"a"/"9.tif")
+    picture(11, mode="1").save(root/"a"/"9a.png")
+    picture(12).save(root/"a"/"deep"/"0.ppm")
+    (root/"a"/"notes.txt").write_text("not an image")
     data = load_folder(root)
     files = [*sorted(f for f in (root/"a").iterdir() if f.is_file() and f.suffix != ".txt"), root/"a"/"deep"/"0.ppm"]
     assert len(data) == len(files) == 12 and data.boxes is None
@@ -193,7 +203,8 @@ def test_no_damage_escapes_as_another_error(tmp_path_factory, kind, data):
         try: load_folder(root, 16)
         except ValueError as e: assert f"0.{kind}" in str(e)
 
-@pytest.mark.parametrize("names, error, said", [([], FileNotFoundError, "no class folders"), (["0.png"], FileNotFoundError, "no class folders")])
+@pytest.mark.parametrize("names, error, said", [([], FileNotFoundError, "no class folders"), (["0.png"],
+    FileNotFoundError, "no class folders")])
 def test_a_folder_without_classes_is_refused(tmp_path, names, error, said):
     (tmp_path/"in").mkdir(); write_tree(tmp_path/"in", names)
     with pytest.raises(error, match=said): load_folder(tmp_path/"in")
@@ -265,7 +276,8 @@ def foreign(path):
     from safetensors.torch import save_file
     save_file({"x": torch.zeros(3)}, path)
 
-@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(b""), lambda f: f.write_bytes(f.read_bytes()[:-100]), lambda f: f.write_bytes(b"x"*500),
+@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(b""), lambda f: f.write_bytes(f.read_bytes()[:-100]),
+    lambda f: f.write_bytes(b"x"*500),
     lambda f: f.write_bytes(f.read_bytes()[:40]), lambda f: f.write_bytes(f.read_bytes().replace(b"stamp", b"stomp")), foreign,
     lambda f: f.write_bytes(f.read_bytes().replace((1).to_bytes(8, "little"), (77).to_bytes(8, "little")))],
     ids=["empty", "truncated", "garbage", "head only", "no stamp", "another file", "labels"])
@@ -301,7 +313,8 @@ def test_processes_that_build_one_cache_at_once_all_succeed(tmp_path, cache):
 def test_a_full_disk_is_reported_and_leaves_no_file(tmp_path, cache, monkeypatch, code):
     def full(*args): raise OSError(code, os.strerror(code))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=f"(?s)cannot write {cache}.*free some space.*ROBUSTCV_CACHE") as e: load_folder(write_tree(tmp_path/"in"), cache=cache)
+    with pytest.raises(OSError, match=f"(?s)cannot write {cache}.*free some space.*ROBUSTCV_CACHE") as e:
+        load_folder(write_tree(tmp_path/"in"), cache=cache)
     assert e.value.errno == code and not list(cache.iterdir())
 
 def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):

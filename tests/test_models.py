@@ -41,7 +41,8 @@ def file(small, tmp_path): save_model(small, tmp_path/"model.safetensors"); retu
 # building
 
 def test_the_normalisation_is_imagenet_s(small):
-    with torch.no_grad(): torch.testing.assert_close(small(images()), small.net(tv.normalize(images(), IMAGENET_MEAN, IMAGENET_STD)), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images()), small.net(tv.normalize(images(), IMAGENET_MEAN, IMAGENET_STD)), atol=1e-5, rtol=1e-5)
 
 def test_the_normalisation_is_no_part_of_the_state(small):
     assert all(k.startswith("net.") for k in small.state_dict()) and small.double().scale.dtype == torch.float64
@@ -140,7 +141,8 @@ def test_a_saved_model_comes_back_bit_for_bit(name, stem, tmp_path):
     with torch.no_grad(): assert torch.equal(again.to(memory_format=torch.channels_last)(images()), model(images()))
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m", "m.best"])
-def test_a_model_without_class_names_comes_back_from_any_file_name(tmp_path, name): # BUG: only from .safetensors, though any name is written
+# BUG: only from .safetensors, though any name is written
+def test_a_model_without_class_names_comes_back_from_any_file_name(tmp_path, name):
     save_model(build_model(SMALL, 5), tmp_path/name); assert load_model(tmp_path/name).classes is None
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -149,12 +151,14 @@ def test_weights_of_another_number_of_classes_get_a_new_head(small, file, suffix
     if suffix == ".pth": torch.save(small.net.state_dict(), file := file.with_suffix(".pth"))
     other = build_model(SMALL, classes, weights=file)
     same = {k for k, v in other.state_dict().items() if v.shape == small.state_dict()[k].shape and torch.equal(v, small.state_dict()[k])}
-    assert set(small.state_dict()) - same == (set() if classes == 5 else {"net.fc.weight", "net.fc.bias"}) and other(images()).shape == (4, classes)
+    assert set(small.state_dict()) - same == (set() if classes == 5 else {"net.fc.weight", "net.fc.bias"}) and other(images()).shape == (4,
+        classes)
 
 def test_weights_for_another_stem_keep_all_but_the_first_convolution(tmp_path):
     model = build_model("resnet18", 5); torch.save(model.net.state_dict(), tmp_path/"m.pth")
     other = build_model("resnet18", 5, stem="small", weights=tmp_path/"m.pth")
-    assert {k for k, v in other.state_dict().items() if not v.shape == model.state_dict()[k].shape or not torch.equal(v, model.state_dict()[k])} \
+    assert {k for k, v in other.state_dict().items() if not v.shape == model.state_dict()[k].shape
+        or not torch.equal(v, model.state_dict()[k])} \
         == {"net.conv1.weight"}
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0"])
@@ -170,7 +174,8 @@ def changed(file, tensors=lambda t: t, config=lambda c: c):
 
 @pytest.mark.parametrize("tensors, config, said", [
     (lambda t: t, lambda c: {**c, "num_classes": 6}, "other shapes: fc"), (lambda t: t, lambda c: {**c, "name": "resnet18"}, "misses"),
-    (lambda t: t, lambda c: {**c, "name": "resnet0"}, "unknown model"), (lambda t: {**t, "more": torch.zeros(1)}, lambda c: c, "unknown more"),
+    (lambda t: t, lambda c: {**c, "name": "resnet0"}, "unknown model"), (lambda t: {**t, "more": torch.zeros(1)},
+    lambda c: c, "unknown more"),
     (lambda t: {k: v for k, v in t.items() if k != "fc.bias"}, lambda c: c, "misses fc.bias"),
     (lambda t: {**t, "fc.bias": torch.full((5,), float("nan"))}, lambda c: c, "fc.bias holds values that are not finite"),
     (lambda t: {**t, "conv1.0.weight": t["conv1.0.weight"]/0}, lambda c: c, "conv1.0.weight holds values that are not finite"),
@@ -214,7 +219,8 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_refused_state_leaves_the_network_as_it_was(small):
     before, weights = state(small), {k: v + 1 for k, v in small.net.state_dict().items()}
-    for wrong in ({**weights, "fc.bias": weights["fc.bias"]*float("nan")}, {**weights, "fc.bias": torch.zeros(9)}, {"fc.bias": weights["fc.bias"]}):
+    for wrong in ({**weights, "fc.bias": weights["fc.bias"]*float("nan")}, {**weights, "fc.bias": torch.zeros(9)},
+        {"fc.bias": weights["fc.bias"]}):
         with pytest.raises(ValueError): _load_state(small.net, wrong, "file")
     assert equal(before, state(small))
 
@@ -246,7 +252,8 @@ def hub(tmp_path, monkeypatch):
 
 RESNET = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
 
-@pytest.mark.parametrize("classes, stem, new", [(5, "imagenet", {"fc.weight", "fc.bias"}), (5, "small", {"fc.weight", "fc.bias", "conv1.weight"}),
+@pytest.mark.parametrize("classes, stem, new", [(5, "imagenet", {"fc.weight", "fc.bias"}),
+    (5, "small", {"fc.weight", "fc.bias", "conv1.weight"}),
                                                 (1000, "imagenet", set())])
 def test_pretrained_weights_are_loaded_and_the_head_replaced(hub, classes, stem, new):
     official = {k: v for k, v in torchvision.models.resnet18().state_dict().items() if "num_batches" not in k} # as in the official file
@@ -265,7 +272,8 @@ def test_the_official_names_of_a_densenet_s_weights_are_understood(hub): # BUG: 
 
 def test_pretrained_weights_with_a_wrong_hash_are_refused(hub):
     file = hub("resnet18", RESNET, {"fc.weight": torch.zeros(2, 2)}, wrong=True)
-    with pytest.raises(ValueError, match=f"{file}: its hash begins with .* instead of 00000000: remove it"): build_model("resnet18", 5, pretrained=True)
+    with pytest.raises(ValueError, match=f"{file}: its hash begins with .* instead of 00000000: remove it"):
+        build_model("resnet18", 5, pretrained=True)
 
 def test_without_a_network_the_error_says_where_to_put_the_file(hub, tmp_path):
     with pytest.raises(ConnectionError, match=rf"(?s)cannot download {RESNET.url}.*put that file at {tmp_path}/hub/checkpoints/resnet18-.*weights=FILE"):

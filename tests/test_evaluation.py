@@ -1,0 +1,243 @@
+"""Perturbations, intervals, comparisons, and evaluations that say when not to trust them."""
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.stats import binom, norm
+from torch import nn
+from torchvision.transforms.v2 import functional as tv
+
+from robustcv.core import IMAGENET_STD
+from robustcv.data import ImageSet
+from robustcv.evaluation import (COLUMNS, Perturbation, TrustWarning, add_noise, check_trust, compare, evaluate, occlude, pack, plot_bars,
+                                 plot_confusions, plot_strength, show_perturbations, standard_perturbations, unpack, wilson)
+
+STANDARD = standard_perturbations()
+CLEAN = STANDARD[:1]
+
+def images(n=20, k=4, side=16):
+    gen = torch.Generator().manual_seed(0)
+    return ImageSet(torch.randint(0, 256, (n, 3, side, side), generator=gen, dtype=torch.uint8),
+        torch.arange(n)**2 % k, tuple("abcdefgh"[:k]))
+
+def linear(k=4, side=16):
+    torch.manual_seed(0); return nn.Sequential(nn.Flatten(), nn.Linear(3*side*side, k)).eval()
+
+class Constant(nn.Module):
+    "Predicts class 0 of whatever it sees, with a gradient that is not zero."
+    def forward(self, x): return x.flatten(1).mean(1, keepdim=True) - torch.arange(4.)
+
+def table(model=None, data=None, perturbations=CLEAN, **kwargs):
+    return evaluate(model or linear(), data or images(), perturbations, device="cpu", precision="fp32", **kwargs)
+
+
+# evaluations
+
+def test_a_known_model_gets_its_exact_counts():
+    data, row = images(), table(Constant().eval()).iloc[0]
+    right = data.labels == 0
+    assert (row.correct, row.n, row.accuracy) == (int(right.sum()), 20, 100*right.double().mean().item())
+    assert row.hits.tolist() == right.tolist() and row.predicted.tolist() == [0]*20
+    assert (row.low/100, row.high/100) == pytest.approx(wilson(row.correct, 20)) and list(table()) == COLUMNS
+
+def test_a_linear_model_gets_the_predictions_of_its_formula():
+    model, data = linear(), images()
+    with torch.no_grad(): expected = (data.images.flatten(1).double()/255@model[1].weight.double().T + model[1].bias.double()).argmax(1)
+    assert table(model).predicted[0].tolist() == expected.tolist() and len(set(expected.tolist())) > 1
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 256])
+def test_the_batch_size_does_not_matter(batch_size):
+    one, other = (table(perturbations=STANDARD, batch_size=b) for b in (5, batch_size))
+    drop = ["seconds"]
+    for a, b in zip(one.drop(columns=drop).itertuples(), other.drop(columns=drop).itertuples(), strict=True):
+        assert a.perturbation == b.perturbation and np.array_equal(a.predicted, b.predicted), (a.perturbation, a.strength)
+
+def test_the_noise_is_the_same_for_every_model_and_follows_the_seed():
+    seen = []
+    watch = Perturbation("watch", lambda x, y, m: seen.append(add_noise(x, 0.2)) or seen[-1])
+    for model, seed in ((linear(), 0), (Constant().eval(), 0), (linear(), 1)): table(model, perturbations=[watch], seed=seed)
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+def test_a_perturbation_does_not_change_the_noise_of_the_next():
+    noise = [p for p in STANDARD if p.name == "noise"]
+    alone, after = table(perturbations=noise[2:3]), table(perturbations=[*noise[:2], noise[2]])
+    assert np.array_equal(alone.predicted[0], after.predicted[2])
+
+def test_a_perturbation_gets_images_labels_and_the_model():
+    model, data, seen = linear(), images(), []
+    def apply(x, y, m):
+        assert m is model and not m.training and x.dtype == torch.float32 and torch.equal(data.labels[len(seen):len(seen) + len(y)], y)
+        x.requires_grad_(True); torch.autograd.grad(m(x).sum(), x) # attacks need gradients
+        seen.extend(y.tolist()); return x.detach()
+    table(model, data, [Perturbation("watch", apply)], batch_size=8)
+    assert seen == data.labels.tolist()
+
+@pytest.mark.parametrize("mode", [False, pytest.param(True, marks=pytest.mark.filterwarnings("ignore::robustcv.evaluation.TrustWarning"))])
+def test_mode_random_state_and_images_are_left_alone(mode): # BUG: a part that was in another mode is switched
+    model, data = nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.BatchNorm1d(768), nn.Linear(768, 4)).train(mode), images()
+    model[2].eval()
+    before, modes, pixels, state = torch.get_rng_state(), [m.training for m in model.modules()], data.images.clone(), {**model.state_dict()}
+    rude = Perturbation("rude", lambda x, y, m: x.zero_())
+    table(model, data, [*STANDARD, rude])
+    assert torch.equal(before, torch.get_rng_state()) and torch.equal(data.images, pixels)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+
+def test_the_mode_comes_back_after_an_error():
+    def fail(x, y, m): raise KeyError
+    with warnings.catch_warnings(), pytest.raises(KeyError):
+        warnings.simplefilter("ignore"); table(model := linear().train(), perturbations=[Perturbation("fail", fail)])
+    assert model.training
+
+class Broken(nn.Module):
+    def forward(self, x): return x.flatten(1)[:, :4]/0
+
+def test_outputs_that_are_not_finite_are_refused_and_the_mode_comes_back(): # BUG: check_trust leaves the model in evaluation mode
+    model = Broken().train()
+    with pytest.warns(TrustWarning), pytest.raises(ValueError, match="outputs are not finite"): table(model)
+    assert model.training
+
+# BUG: only the first eight clean images are looked at; argmax of NaN is counted
+def test_outputs_that_are_not_finite_later_on_are_refused_too():
+    with pytest.raises(ValueError, match="outputs are not finite"):
+        table(perturbations=[*CLEAN, Perturbation("0/0", lambda x, y, m: x*math.nan)])
+
+@pytest.mark.parametrize("apply", [lambda x, y, m: x[:3], lambda x, y, m: x[:, :1], lambda x, y, m: x.repeat(2, 1, 1, 1)])
+def test_a_perturbation_that_loses_images_or_channels_is_refused(apply):
+    with pytest.raises(ValueError, match="perturbation 'odd' returned shape"): table(perturbations=[Perturbation("odd", apply)])
+
+def test_an_empty_set_is_refused():
+    with pytest.raises(ValueError, match="images is empty"):
+        evaluate(linear(), ImageSet(images().images[:0], images().labels[:0], tuple("abcd")))
+
+
+# trust
+
+class Random(nn.Module):
+    def forward(self, x): return x.flatten(1)[:, :4] + torch.randn(len(x), 4)
+
+class Steps(nn.Module):
+    def forward(self, x): return (x.flatten(1)[:, :4]*4).round()
+
+class Detached(nn.Module):
+    def forward(self, x): return x.detach().flatten(1)[:, :4]
+
+@pytest.mark.parametrize("model, said", [(linear().train(), "training mode"), (Random().eval(), "two forward passes .* differ"),
+    (Steps().eval(), "gradient .* zero"),
+    (Detached().eval(), "gradient .* zero"), (nn.Sequential(linear(), nn.Softmax(1)).eval(), "outputs are probabilities")])
+def test_a_reason_for_distrust_is_told(model, said):
+    with pytest.warns(TrustWarning) as told: table(model)
+    assert len(told) == 1 and told[0].category is TrustWarning
+    with pytest.warns(TrustWarning, match=said): check_trust(model, torch.rand(4, 3, 16, 16), torch.arange(4))
+
+def test_a_sound_model_is_trusted():
+    with warnings.catch_warnings(): warnings.simplefilter("error"); table(); table(Constant().eval())
+
+def test_a_random_model_does_not_move_the_global_random_state(): # BUG: check_trust's forward passes draw from it
+    before = torch.get_rng_state()
+    with pytest.warns(TrustWarning): table(Random().eval())
+    assert torch.equal(before, torch.get_rng_state())
+
+def test_trust_leaves_no_gradients_and_takes_models_under_no_grad():
+    model = linear()
+    with torch.no_grad(): check_trust(model, torch.rand(4, 3, 16, 16), torch.arange(4))
+    assert all(p.grad is None for p in model.parameters())
+
+
+# perturbations
+
+@pytest.mark.parametrize("p", STANDARD, ids=lambda p: f"{p.name} {p.strength:g}")
+@settings(max_examples=5)
+@given(n=st.integers(1, 4), side=st.integers(12, 20), seed=st.integers(0, 99))
+def test_standard_perturbations_keep_range_shape_and_input(p, n, side, seed):
+    x = torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed)); before = x.clone()
+    y = p.apply(x, torch.zeros(n, dtype=torch.int64), None)
+    assert y.shape == x.shape and y.min() >= -1e-6 and y.max() <= 1 + 1e-6 and torch.equal(x, before)
+    assert torch.equal(x, y) == (p.name == "clean")
+
+def test_standard_perturbations_have_names_of_their_own():
+    assert len({(p.name, p.strength) for p in STANDARD}) == len(STANDARD) > 20 and all(p.unit or math.isnan(p.strength) for p in STANDARD)
+
+def test_rotations_turn_counter_clockwise():
+    x = torch.rand(2, 3, 8, 8)
+    for p in STANDARD:
+        if p.name == "rotation": torch.testing.assert_close(p.apply(x, None, None), tv.rotate(x, p.strength))
+
+def test_the_article_s_noise_is_a_tenth_of_a_normalised_unit():
+    p, = (p for p in STANDARD if p.name == "noise, article")
+    torch.manual_seed(0); noise = p.apply(torch.full((64, 3, 32, 32), .5), None, None) - .5
+    assert noise.std((0, 2, 3)).tolist() == pytest.approx([0.1*s for s in IMAGENET_STD], rel=0.02)
+
+@given(st.integers(4, 21), st.integers(4, 21), st.floats(0, 1))
+def test_occlusion_covers_a_centred_square(h, w, side):
+    y = occlude(torch.ones(1, 3, h, w), side)
+    hidden = y[0, 0] == 0.5
+    assert (hidden | (y[0, 0] == 1)).all() and abs(hidden.float().mean().item() - side**2) <= 2*side/min(h, w) + 4/(h*w)
+    if h % 2 == w % 2 == 0: assert torch.equal(hidden, hidden.flip(0)) and torch.equal(hidden, hidden.flip(1))
+
+@pytest.mark.parametrize("std", [0., 0.1, torch.full((3, 1, 1), 0.1)])
+def test_noise_is_gaussian_and_clipped(std):
+    x = torch.full((50, 3, 16, 16), 0.5); noise = add_noise(x, std) - x
+    assert noise.std().item() == pytest.approx(0 if isinstance(std, float) and std == 0 else 0.1, rel=0.02, abs=1e-9)
+    assert add_noise(torch.ones(9, 3, 9, 9), 0.5).max() == 1
+
+
+# statistics
+
+@given(st.integers(1, 500), st.floats(0, 1), st.sampled_from([.8, .95, .99]))
+def test_wilson_s_interval_is_its_closed_form(n, share, confidence):
+    k, z = round(share*n), norm.ppf(.5 + confidence/2)
+    centre, half = (k + z*z/2)/(n + z*z), z/(n + z*z)*math.sqrt(k*(n - k)/n + z*z/4)
+    low, high = wilson(k, n, confidence)
+    assert (low, high) == pytest.approx((max(0, centre - half), min(1, centre + half)), abs=1e-9) and low <= k/n <= high
+
+outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+@given(outcomes)
+def test_a_comparison_is_exact_and_symmetric(pairs):
+    before, after = (list(c) for c in zip(*pairs, strict=True))
+    c, back = compare(before, after), compare(after, before)
+    gained, lost, n = sum(b < a for b, a in pairs), sum(b > a for b, a in pairs), len(pairs)
+    assert (c["gained"], c["lost"], c["n"]) == (gained, lost, n) and c["difference"] == pytest.approx(100*(sum(after) - sum(before))/n)
+    chance = [binom.pmf(k, gained + lost, .5) for k in range(gained + lost + 1)]
+    assert c["p"] == pytest.approx(min(1, sum(q for q in chance if q <= chance[gained]*(1 + 1e-9))))
+    assert (back["difference"], back["low"], back["high"], back["p"]) == pytest.approx((-c["difference"], -c["high"], -c["low"], c["p"]))
+    assert -100 <= c["low"] <= c["high"] <= 100
+
+def test_the_interval_of_a_comparison_covers_as_often_as_it_says():
+    rng, covered, (right, wrong) = np.random.default_rng(0), 0, (.15, .08) # a true difference of 7 points
+    for _ in range(400):
+        u = rng.random(200)
+        c = compare((u >= right), (u < right) | (u >= right + wrong))
+        covered += c["low"] <= 100*(right - wrong) <= c["high"]
+    assert 0.92 < covered/400 < 0.99
+
+@pytest.mark.parametrize("a, b", [([True], [True, False]), ([], []), ([[True]], [[True]])])
+def test_a_comparison_needs_the_same_images(a, b):
+    with pytest.raises(ValueError, match="need the same images"): compare(a, b)
+
+
+# records and pictures
+
+def test_a_packed_evaluation_comes_back():
+    import json
+    for n in (1, 8, 20):
+        full = table(data=images(n), perturbations=STANDARD)
+        again = unpack(json.loads(json.dumps(pack(full), allow_nan=False)))
+        assert all(a.tolist() == b.tolist() and a.dtype == b.dtype for a, b in zip(full.hits, again.hits, strict=True))
+        pd.testing.assert_frame_equal(full.drop(columns=["predicted", "hits", "seconds"]), again.drop(columns=["hits", "seconds"]))
+
+def test_plots_show_what_is_in_the_table_and_name_what_is_not():
+    import matplotlib.pyplot as plt
+    t, data = table(perturbations=STANDARD), images()
+    assert len(plot_bars({"a": t, "b": t}).patches) == 2*len(STANDARD)
+    assert plot_strength({"a": t}, "noise").lines[0].get_ydata().tolist() == t[t.perturbation == "noise"].accuracy.tolist()
+    assert plot_confusions(t, data, "rotation", 90).get_ylabel() == "true"
+    assert len(show_perturbations(data.images[:2], STANDARD[:3]).axes) == 6
+    with pytest.raises(ValueError, match="'fog' is not in the table of a"): plot_strength({"a": t}, "fog")
+    with pytest.raises(ValueError, match="needs rows 'clean' and 'fog'"): plot_confusions(t, data, "fog")
+    plt.close("all")
