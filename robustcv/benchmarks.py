@@ -111,7 +111,7 @@ def decode(data, rounds=3, most=20_000):
     yield dict(measure="open", ours=round(opened, 5), unit=f"seconds to open {len(files):,} images", peers={}, best_peer_ratio=None, floor=None,
                floor_ratio=None, n=9, device=device_name(pick_device("cpu")))
 
-# %% ../nbs/30_benchmarks.ipynb #abb0fbf6
+# %% ../nbs/30_benchmarks.ipynb #6b18d590
 def _bare(precision, x, y, steps, channels_last):
     "A hand-written training loop on one ready batch."
     device, model = x.device, build_model("resnet18", 200).to(x.device)
@@ -125,7 +125,7 @@ def _bare(precision, x, y, steps, channels_last):
         float(loss.detach())
     return loop
 
-def train_step(data, rounds=7, steps=8, batch=128):
+def train_step(data, rounds=11, steps=4, batch=128):
     "Training steps of ResNet-18 at 64×64, batch 128."
     seed_everything(0); device = pick_device()
     pixels = torch.randint(0, 256, (steps*batch, 3, 64, 64), dtype=torch.uint8, generator=generator(0))

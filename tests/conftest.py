@@ -20,6 +20,9 @@ def isolated(tmp_path_factory):
     os.environ["ROBUSTCV_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+def pytest_runtest_setup(item): torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     "Four classes of six training and three validation images of 32 pixels, in the official layout; read only."

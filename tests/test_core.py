@@ -121,8 +121,8 @@ def test_processes_that_append_together_lose_nothing(tmp_path):
     for w in workers: w.join()
     assert sorted(ids(file)) == list(range(160))
 
-@pytest.mark.parametrize("change, said", [({"seed": None}, "field 'seed'"), ({"schema": 99}, "schema 99"), ({"metrics": [1]},
-    "field 'metrics'")])
+@pytest.mark.parametrize("change, said", [({"seed": None}, "field 'seed'"), ({"schema": 99}, "schema 99"),
+                                          ({"metrics": [1]}, "field 'metrics'")])
 def test_a_record_off_the_schema_is_named_by_line_and_field(tmp_path, change, said):
     file = tmp_path/"r.jsonl"
     file.write_text(f"{json.dumps(record(1))}\n{json.dumps({**record(2), **change})}\n")
@@ -167,8 +167,8 @@ class Settings: lr: float = 0.1; layers: tuple = (1, 2)
 def objective(model, batch, alpha=1): pass
 
 @pytest.mark.parametrize("value, said", [(Settings(), {"lr": 0.1, "layers": [1, 2]}), (objective, "objective"), (None, None), (True, True),
-    (partial(objective, alpha=2), {"call": "objective", "alpha": 2}), (torch.ones(2), [1., 1.]), (nn.ReLU(), "ReLU()"), ({1: (2,)},
-    {"1": [2]})])
+    (partial(objective, alpha=2), {"call": "objective", "alpha": 2}), (torch.ones(2), [1., 1.]), (nn.ReLU(), "ReLU()"),
+    ({1: (2,)}, {"1": [2]})])
 def test_describe_gives_plain_values(value, said):
     assert describe(value) == said and json.loads(json.dumps(describe(value))) == said
 

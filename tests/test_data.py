@@ -20,8 +20,8 @@ sets = st.builds(images, st.integers(6, 30), st.integers(2, 3), st.integers(0, 9
 
 @pytest.mark.parametrize("change, said", [
     ({"images": torch.rand(12, 3, 8, 8)}, "images: expected uint8"), ({"images": torch.zeros(12, 1, 8, 8, dtype=torch.uint8)}, "images"),
-    ({"images": torch.zeros(3, 8, 8, dtype=torch.uint8)}, "images"), ({"labels": torch.zeros(12, dtype=torch.int32)},
-    "labels: expected int64"),
+    ({"images": torch.zeros(3, 8, 8, dtype=torch.uint8)}, "images"),
+    ({"labels": torch.zeros(12, dtype=torch.int32)}, "labels: expected int64"),
     ({"labels": torch.zeros(11, dtype=torch.int64)}, "labels"), ({"labels": torch.full((12,), 3)}, "do not index the 3 classes"),
     ({"labels": torch.full((12,), -1)}, "do not index"), ({"boxes": torch.rand(12, 3)}, "boxes: expected shape")])
 def test_a_set_refuses_parts_that_do_not_fit(change, said):

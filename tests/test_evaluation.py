@@ -22,7 +22,7 @@ CLEAN = STANDARD[:1]
 def images(n=20, k=4, side=16):
     gen = torch.Generator().manual_seed(0)
     return ImageSet(torch.randint(0, 256, (n, 3, side, side), generator=gen, dtype=torch.uint8),
-        torch.arange(n)**2 % k, tuple("abcdefgh"[:k]))
+                    torch.arange(n)**2 % k, tuple("abcdefgh"[:k]))
 
 def linear(k=4, side=16):
     torch.manual_seed(0); return nn.Sequential(nn.Flatten(), nn.Linear(3*side*side, k)).eval()
@@ -127,8 +127,8 @@ class Detached(nn.Module):
     def forward(self, x): return x.detach().flatten(1)[:, :4]
 
 @pytest.mark.parametrize("model, said", [(linear().train(), "training mode"), (Random().eval(), "two forward passes .* differ"),
-    (Steps().eval(), "gradient .* zero"),
-    (Detached().eval(), "gradient .* zero"), (nn.Sequential(linear(), nn.Softmax(1)).eval(), "outputs are probabilities")])
+    (Steps().eval(), "gradient .* zero"), (Detached().eval(), "gradient .* zero"),
+    (nn.Sequential(linear(), nn.Softmax(1)).eval(), "outputs are probabilities")])
 def test_a_reason_for_distrust_is_told(model, said):
     with pytest.warns(TrustWarning) as told: table(model)
     assert len(told) == 1 and told[0].category is TrustWarning

@@ -11,10 +11,9 @@ import torch
 from robustcv import experiments
 from robustcv.core import SCALES, append_record, load_records
 from robustcv.data import load_tiny_imagenet
-from robustcv.evaluation import COLUMNS, wilson
-from robustcv.experiments import (Run, baseline, by_name, caption, describe_data, draw_figures, filters, one_setting, pool, run_section,
-    scale_data,
-                                  table)
+from robustcv.evaluation import COLUMNS, standard_perturbations, wilson
+from robustcv.experiments import (Run, baseline, by_name, caption, describe_data, draw_figures, filters, one_setting, pool,
+                                  run_section, scale_data, table)
 from robustcv.models import load_model
 from robustcv.training import Training, cross_entropy
 from robustcv.transforms import RandomHorizontalFlip
@@ -50,8 +49,8 @@ def test_the_table_gives_mean_and_deviation_over_seeds():
     records = [record(training=80.), record(seed=1, hits=(1, 1, 1, 1, 1, 1, 1, 0, 0, 0), training=90., noise=(0, 0)),
         record("flip", noise=(1, 1))]
     rows = table(records, (("clean", None), ("noise", 0.15))).set_index("model")
-    assert rows.loc["plain"].to_dict() == {"seeds": 2, "training": "85.0 ± 7.1", "clean": "60.0 ± 14.1",
-        "noise 0.15": "25.0 ± 35.4"} # 5, 7 of 10
+    assert rows.loc["plain"].to_dict() == {"seeds": 2, "training": "85.0 ± 7.1", "clean": "60.0 ± 14.1", # 5 and 7 of 10
+                                           "noise 0.15": "25.0 ± 35.4"}
     assert rows.loc["flip"].to_dict() == {"seeds": 1, "training": "80.0", "clean": "50.0", "noise 0.15": "100.0"}
 
 def test_pooling_adds_counts():
@@ -115,8 +114,8 @@ def go(tiny, tmp_path, monkeypatch):
     calls.clear(); fail_at.clear()
     def start(*runs, say=lambda line: None, **kwargs):
         monkeypatch.setitem(experiments.SECTIONS, "tiny", lambda: list(runs or [Run("tiny", "one run", MODEL, objective=counted)]))
-        return run_section("tiny", **{"scale": "smoke", "data": tiny, "results": tmp_path/"results", "folder": tmp_path/"runs",
-            "device": "cpu", "say": say, **kwargs})
+        where = {"data": tiny, "results": tmp_path/"results", "folder": tmp_path/"runs", "device": "cpu"}
+        return run_section("tiny", "smoke", say=say, **{**where, **kwargs})
     return start
 
 def model_files(tmp_path): return sorted(f.name for f in (tmp_path/"runs").rglob("*") if f.is_file())
@@ -171,7 +170,7 @@ def test_a_record_is_strict_json(go, tmp_path):
     go(Run("tiny", "a", MODEL, training={"epochs": 1}))
     line = (tmp_path/"results"/"tiny.jsonl").read_text()
     json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} in a record"))
-    assert pd.DataFrame(json.loads(line)["metrics"]["evaluation"]).n.tolist() == [6]*22
+    assert pd.DataFrame(json.loads(line)["metrics"]["evaluation"]).n.tolist() == [6]*len(standard_perturbations())
 
 @pytest.mark.parametrize("section, scale, said", [("baselin", "smoke", "unknown section 'baselin': did you mean 'baseline'"),
                                                   ("baseline", "smok", "unknown scale 'smok': did you mean 'smoke'")])

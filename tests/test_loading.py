@@ -62,8 +62,7 @@ def test_the_folder_above_is_found_too(official):
     assert len(load_tiny_imagenet(official.parent)) == 24
 
 @pytest.mark.parametrize("box, expected", [("0\t0\t31\t31", [0, 0, 1, 1]), ("0\t0\t0\t0", None), ("9\t9\t3\t3", None),
-    ("5\t5\t5\t20", None),
-                                           ("0\t0\t63\t99", [0, 0, 1, 1]), ("8\t4\t15\t11", [.25, .125, .5, .375])])
+                                           ("5\t5\t5\t20", None), ("0\t0\t63\t99", [0, 0, 1, 1]), ("8\t4\t15\t11", [.25, .125, .5, .375])])
 def test_boxes_are_inclusive_and_clipped_and_empty_ones_have_no_area(official, box, expected):
     edit(official/"train"/"s00000001"/"s00000001_boxes.txt", lambda n, line: f"{line.split(chr(9))[0]}\t{box}" if n == 2 else line)
     x0, y0, x1, y1 = load_tiny_imagenet(official).boxes[2].tolist()
@@ -203,11 +202,10 @@ def test_no_damage_escapes_as_another_error(tmp_path_factory, kind, data):
         try: load_folder(root, 16)
         except ValueError as e: assert f"0.{kind}" in str(e)
 
-@pytest.mark.parametrize("names, error, said", [([], FileNotFoundError, "no class folders"), (["0.png"],
-    FileNotFoundError, "no class folders")])
-def test_a_folder_without_classes_is_refused(tmp_path, names, error, said):
+@pytest.mark.parametrize("names", [[], ["0.png"]])
+def test_a_folder_without_classes_is_refused(tmp_path, names):
     (tmp_path/"in").mkdir(); write_tree(tmp_path/"in", names)
-    with pytest.raises(error, match=said): load_folder(tmp_path/"in")
+    with pytest.raises(FileNotFoundError, match="no class folders"): load_folder(tmp_path/"in")
 
 def test_an_empty_class_and_a_missing_folder_are_named(tmp_path):
     root = write_tree(tmp_path/"in"); (root/"c").mkdir(); (root/"c"/"readme.txt").touch()
@@ -277,8 +275,8 @@ def foreign(path):
     save_file({"x": torch.zeros(3)}, path)
 
 @pytest.mark.parametrize("damage", [lambda f: f.write_bytes(b""), lambda f: f.write_bytes(f.read_bytes()[:-100]),
-    lambda f: f.write_bytes(b"x"*500),
-    lambda f: f.write_bytes(f.read_bytes()[:40]), lambda f: f.write_bytes(f.read_bytes().replace(b"stamp", b"stomp")), foreign,
+    lambda f: f.write_bytes(b"x"*500), lambda f: f.write_bytes(f.read_bytes()[:40]), lambda f: f.write_bytes(f.read_bytes().replace(b"stamp", b"stomp")),
+    foreign,
     lambda f: f.write_bytes(f.read_bytes().replace((1).to_bytes(8, "little"), (77).to_bytes(8, "little")))],
     ids=["empty", "truncated", "garbage", "head only", "no stamp", "another file", "labels"])
 def test_a_damaged_cache_file_is_rebuilt(tmp_path, cache, damage): # BUG: "another file" and "labels" raise and stay damaged

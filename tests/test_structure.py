@@ -17,16 +17,16 @@ LAYERS = [["core"], ["download"], ["data"], ["synthetic", "transforms", "models"
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SECTIONS = {*LAYERS[4], *LAYERS[5]}
 MODULES = sorted(f.stem for f in HERE.glob("*.py") if f.stem not in ("__init__", "_modidx"))
-PACKAGES = {"torch", "torchvision", "numpy", "pandas", "scipy", "matplotlib", "seaborn", "tqdm", "accelerate", "safetensors", "typer",
-    "PIL"}
+PACKAGES = {"torch", "torchvision", "numpy", "pandas", "scipy", "matplotlib", "seaborn", "tqdm", "accelerate", "safetensors",
+            "typer", "PIL"}
 OPTIONAL = {"timm", "kornia"} # used where they happen to be installed
 
 def imports(name):
     "Modules of this package, and top-level packages, that a module imports anywhere."
     own, other = set(), set()
     for node in ast.walk(ast.parse((HERE/f"{name}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level: own |= {node.module.split(".")[0]} if node.module else {a.name
-            for a in node.names}
+        if isinstance(node, ast.ImportFrom) and node.level:
+            own |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom): other.add(node.module)
         elif isinstance(node, ast.Import): other |= {a.name for a in node.names}
     own |= {m.split(".")[1] if "." in m else "__init__" for m in other if m.split(".")[0] == "robustcv"}
@@ -56,9 +56,9 @@ def test_what_is_exported_exists_and_is_documented(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_public_functions_are_exported(name):
-    public = [n.name for n in ast.parse((HERE/f"{name}.py").read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
-        and n.name[0] != "_"]
-    assert set(public) <= set(importlib.import_module(f"robustcv.{name}").__all__)
+    body = ast.parse((HERE/f"{name}.py").read_text()).body
+    public = {n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != "_"}
+    assert public <= set(importlib.import_module(f"robustcv.{name}").__all__)
 
 def test_the_version_is_the_settings():
     settings = configparser.ConfigParser(); settings.read(HERE.parent/"settings.ini")
