@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'command', 'get', 'synthetic', 'info', 'train', 'evaluate_model', 'run', 'demo', 'main']
 
-# %% ../nbs/40_command_line.ipynb #b830c679
+# %% ../nbs/40_command_line.ipynb #b63f15ed
 import functools, json, sys, warnings
 from pathlib import Path
 
 import pandas as pd
 import typer
 
-from .core import SCALES, choose, device_name, load_records, pick_device, seed_everything
+from .core import SCALES, atomic_path, choose, device_name, load_records, pick_device, seed_everything
 from .data import load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, unpack
@@ -103,29 +103,36 @@ def train(data:Path=typer.Argument(..., help="Images: Tiny ImageNet, train/ and 
     save_model(net, out/"model.safetensors"); history.to_csv(out/"history.csv", index=False)
     _show(history); print(f"model: {out/'model.safetensors'}   curve: {out/'history.csv'}")
 
-# %% ../nbs/40_command_line.ipynb #b79898a8
+# %% ../nbs/40_command_line.ipynb #d6327282
 @command(app, "evaluate")
 def evaluate_model(model:Path=typer.Argument(..., help="File written by `robustcv train`."),
                    data:Path=typer.Argument(..., help="Images; their validation part is used."),
                    out:Path=typer.Option(None, help="Write the table here, too, as JSON with per-image results."),
                    against:Path=typer.Option(None, help="Compare with such a file of another model, on the same images."),
-                   size:int=typer.Option(64, help="Image size in pixels."),
+                   size:int=typer.Option(None, help="Image size in pixels; default: what the model was trained on."),
                    precision:str=typer.Option("auto", help="'auto', 'bf16' or 'fp32'."),
                    device:str=typer.Option(None, help="'cpu', 'cuda', …; default: the best there is.")):
     "Measure a model under the standard perturbations.\n\nExample: `robustcv evaluate runs/photos/model.safetensors photos --out photos.json`"
-    net, (_, valid) = load_model(model), load_data(data, size)
+    net = load_model(model)
+    valid = load_data(data, size or net.size or 64)[1]
     if net.classes is not None and net.classes != valid.classes:
         raise ValueError(f"{model}: was trained on {len(net.classes)} classes ({', '.join(net.classes[:3])}, …); {data} has {len(valid.classes)} ({', '.join(valid.classes[:3])}, …)")
     result = evaluate(net, valid, precision=precision, device=device)
-    other = json.loads(against.read_text()) if against else None
-    if other and other["fingerprint"] != valid.fingerprint: raise ValueError(f"{against}: was measured on other images; evaluate that model on {data} first")
+    other = _read_table(against, valid.fingerprint) if against else None
     _show(result[COLUMNS[:8]])
-    if other:
-        pairs = zip(result.perturbation, result.strength, unpack(other["evaluation"]).hits, result.hits)
+    if other is not None:
+        pairs = zip(result.perturbation, result.strength, other.hits, result.hits)
         _show(pd.DataFrame([dict(perturbation=p, strength=s, **compare(a, b)) for p, s, a, b in pairs]))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(dict(model=str(model), data=str(data), fingerprint=valid.fingerprint, evaluation=pack(result))))
+        with atomic_path(out) as part:
+            part.write_text(json.dumps(dict(model=str(model), data=str(data), fingerprint=valid.fingerprint, evaluation=pack(result))))
+
+def _read_table(path, fingerprint):
+    "A table written by `robustcv evaluate --out`, of the same images."
+    try: table = json.loads(path.read_text()); rows = unpack(table["evaluation"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError): raise ValueError(f"{path}: not a table written by `robustcv evaluate --out`") from None
+    if table["fingerprint"] != fingerprint: raise ValueError(f"{path}: was measured on other images; evaluate that model on these first")
+    return rows
 
 # %% ../nbs/40_command_line.ipynb #389c3bff
 @command(app)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SCALES', 'SCHEMA', 'RECORD_FIELDS', 'choose', 'derive_seed', 'generator',
-           'seed_everything', 'pick_device', 'device_name', 'normalized', 'Scale', 'atomic_path', 'disk_errors',
+           'seed_everything', 'pick_device', 'device_name', 'normalized', 'Scale', 'disk_errors', 'atomic_path',
            'run_id', 'describe', 'git_commit', 'library_versions', 'make_record', 'check_record', 'append_record',
            'load_records', 'set_style']
 
@@ -100,19 +100,6 @@ SCALES = {s.name: s for s in (
     Scale("lite", 20, 300, 50, 15, 64, 0.1, (0, 1)),
     Scale("full", None, None, None, 30, 128, 0.1, (0, 1, 2)))}
 
-# %% ../nbs/00_core.ipynb #b62eb7ea
-@contextmanager
-def atomic_path(path, # the file to write
-               ): # yields the temporary path to write to
-    "Write a file under a temporary name and move it into place once it is complete."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns():x}.part")
-    try:
-        yield part
-        with open(part, "rb+") as f: os.fsync(f.fileno())
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
 # %% ../nbs/00_core.ipynb #e54c6780
 @contextmanager
 def disk_errors(path, # what is being written
@@ -124,7 +111,22 @@ def disk_errors(path, # what is being written
         raise OSError(e.errno, f"cannot write {path}: {os.strerror(e.errno)}; free some space or choose another folder "
                       "(for the cache: the environment variable ROBUSTCV_CACHE or the argument cache=)") from None
 
-# %% ../nbs/00_core.ipynb #8af20262
+# %% ../nbs/00_core.ipynb #0c736244
+@contextmanager
+def atomic_path(path, # the file to write
+               ): # yields the temporary path to write to
+    "Write a file under a temporary name and move it into place once it is complete."
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns():x}.part")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            with open(part, "rb+") as f: os.fsync(f.fileno())
+            os.replace(part, path)
+        finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #5c5b484c
 SCHEMA = 1 # version of the record's fields
 RECORD_FIELDS = dict(schema=int, id=str, section=str, name=str, scale=str, config=dict, seed=int, data=dict, commit=str,
                      versions=dict, device=str, seconds=(int, float), time=str, metrics=dict)
@@ -138,11 +140,11 @@ def run_id(section:str, # section of the library, e.g. "baseline"
           ) -> str: # 16 hex digits
     "Identify a run by what was run, not by when or where; settings that are off (None, False, empty) do not count, so that new ones can be added."
     off = lambda v: v is None or v is False or v == {} or v == []
-    essence = lambda c: {k: essence(v) for k, v in c.items() if not off(v)} if isinstance(c, dict) else c
+    essence = lambda c: {k: e for k, v in c.items() if not off(e := essence(v))} if isinstance(c, dict) else c
     what = json.dumps([section, name, scale, essence(config), seed, data["fingerprint"]], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/00_core.ipynb #be4736f8
+# %% ../nbs/00_core.ipynb #b2fe032d
 def describe(obj): # a dataclass, module, function, partial, tensor, container or plain value
     "Turn a configuration into plain JSON values that say what was chosen."
     if obj is None or isinstance(obj, (bool, int, float, str)): return obj
@@ -152,7 +154,7 @@ def describe(obj): # a dataclass, module, function, partial, tensor, container o
     if isinstance(obj, partial): return {"call": obj.func.__name__, **describe(obj.keywords), **({"args": describe(obj.args)} if obj.args else {})}
     if isinstance(obj, nn.Module): return " ".join(str(obj).split())
     if hasattr(obj, "__dataclass_fields__"): return {k: describe(getattr(obj, k)) for k in obj.__dataclass_fields__}
-    if callable(obj) and hasattr(obj, "__name__"): return obj.__name__
+    if callable(obj) and getattr(obj, "__name__", "<lambda>") != "<lambda>": return obj.__name__
     raise TypeError(f"cannot describe {type(obj).__name__} in a record: use a dataclass, a module, a named function or a partial of one")
 
 # %% ../nbs/00_core.ipynb #88ed8b33
@@ -197,20 +199,20 @@ def check_record(record, # what a line of a record file held
         if not isinstance(record.get(field), kind): raise ValueError(f"{where}: field '{field}' is missing or has the wrong type")
     return record
 
-# %% ../nbs/00_core.ipynb #ceda0462
+# %% ../nbs/00_core.ipynb #757da36b
 def append_record(path, # JSON lines file; created if missing
                   record:dict, # from `make_record`
                  ):
     "Append one record with a single write; a line that an earlier crash left unfinished is closed first."
     line = json.dumps(check_record(record), allow_nan=False) + "\n"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+", buffering=0) as f:
-        if f.tell() > 0:
-            f.seek(-1, os.SEEK_END)
-            if f.read(1) != b"\n": line = "\n" + line
-        line = line.encode()
-        if f.write(line) != len(line): raise OSError(f"{path}: the disk took only part of a record; free some space and run again")
-        os.fsync(f.fileno())
+    with disk_errors(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+", buffering=0) as f:
+            if f.tell() > 0:
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n": line = "\n" + line
+            if f.write(line.encode()) != len(line.encode()): raise OSError(errno.ENOSPC, "only part of the record was written")
+            os.fsync(f.fileno())
 
 def load_records(path, # JSON lines file, or a folder of them; a missing one holds no records
                 ) -> list: # of dictionaries, in the order they were written, one per id (the last)

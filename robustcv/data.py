@@ -6,7 +6,7 @@
 __all__ = ['EXTENSIONS', 'ImageSet', 'take', 'subset', 'split', 'cache_folder', 'load_tiny_imagenet', 'load_folder', 'load_data',
            'Batch', 'Batches', 'show_images']
 
-# %% ../nbs/01_data.ipynb #047f3943
+# %% ../nbs/01_data.ipynb #08aedf3d
 import hashlib, io, json, multiprocessing, os, stat, sys, warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import atomic_path, disk_errors, generator
+from .core import atomic_path, generator
 from .download import download_tiny_imagenet
 
 # %% ../nbs/01_data.ipynb #5de4be3e
@@ -102,15 +102,19 @@ def split(data:ImageSet, # a set
         parts[1].append(index[:n]); parts[0].append(index[n:])
     return tuple(take(data, torch.cat(p).sort().values) for p in parts)
 
-# %% ../nbs/01_data.ipynb #7716cf1d
+# %% ../nbs/01_data.ipynb #9f5c8fbb
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90} # by the Exif orientation
+
 def _read_image(path, size):
     "Decode one file of any format and mode to RGB (H,W,3); with `size`, resized and centre-cropped to a square. Also its hash."
     with open(path, "rb") as f: content = f.read()
     try:
         with Image.open(io.BytesIO(content)) as im:
             if size and im.format == "JPEG": im.draft("RGB", (2*size, 2*size))
-            if im.getexif().get(0x0112, 1) != 1: im = ImageOps.exif_transpose(im)
-            if im.mode.startswith("I;16"): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
+            turn = _TURNS.get(im.getexif().get(0x0112))
+            if im.mode.startswith("I;16") or im.mode == "I" and im.format == "PPM": im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
+            if turn is not None: im = im.transpose(turn)
             if im.mode != "RGB": im = im.convert("RGB")
             if size and im.size != (size, size): im = ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
             return np.asarray(im), hashlib.blake2b(content, digest_size=8).digest()
@@ -148,7 +152,7 @@ def _decode_all(files, size, part, offset, shape, workers):
         raise ValueError(f"{len(errors)} of {len(files)} image files cannot be used; replace or remove them:\n" + "\n".join(errors[:5]) + more)
     return b"".join(d for ds, _ in done for d in ds)
 
-# %% ../nbs/01_data.ipynb #0bd9b6a0
+# %% ../nbs/01_data.ipynb #f226ad2e
 def _write_cache(path, source, size, workers):
     "Decode a source into a safetensors file, atomically."
     files, labels, boxes, meta = source
@@ -162,7 +166,7 @@ def _write_cache(path, source, size, workers):
             header[key] = {"dtype": dtype, "shape": dims, "data_offsets": (at, at := at + length)}
     head = json.dumps(header).encode(); head += b" " * (-len(head) % 8)
     start = {k: 8 + len(head) + v["data_offsets"][0] for k, v in header.items() if k != "__metadata__"}
-    with disk_errors(path), atomic_path(path) as part:
+    with atomic_path(path) as part:
         with open(part, "wb") as f:
             f.write(len(head).to_bytes(8, "little") + head)
             if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, 8 + len(head) + at) # a full disk shows now
@@ -171,18 +175,18 @@ def _write_cache(path, source, size, workers):
         with open(part, "rb+") as f:
             for key, array in arrays.items(): f.seek(start[key]); f.write(np.ascontiguousarray(array).tobytes())
 
-# %% ../nbs/01_data.ipynb #b4e9e854
+# %% ../nbs/01_data.ipynb #db2b43d5
 def _open_cache(path, name, root=None):
     "Map a cache file, if there is one and its source in `root` has not changed since; otherwise None."
     if not path.exists(): return None
     try:
         with safe_open(path, "pt") as f:
-            meta = {k: json.loads(v) for k, v in f.metadata().items()}
+            meta = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
             if root and not all(_stamp(root/p) == s for p, s in meta["stamp"].items()): return None
             t = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, json.JSONDecodeError, KeyError) as e:
+        return ImageSet(t["images"], t["labels"], tuple(meta["classes"]), t.get("boxes"), t["digests"], name)
+    except (SafetensorError, ValueError, KeyError) as e: # ValueError: JSON, or parts that do not fit together
         warnings.warn(f"{path}: damaged cache file ({e}); decoding again", stacklevel=2); return None
-    return ImageSet(t["images"], t["labels"], tuple(meta["classes"]), t.get("boxes"), t["digests"], name)
 
 # %% ../nbs/01_data.ipynb #68906c39
 def _stamp(path):
@@ -233,7 +237,7 @@ def _fractions(boxes, width, height):
     b[whole, 2:] += 1; b[~whole, 2:] = b[~whole, :2]
     return (b / np.array([width, height]*2, np.float32)).clip(0, 1)
 
-# %% ../nbs/01_data.ipynb #98574db7
+# %% ../nbs/01_data.ipynb #e2b6de55
 def _scan_tiny(root, split):
     "List files, labels and boxes of one split, with names and stamps."
     wnids = sorted(w for w in (root/"wnids.txt").read_text().split() if w)
@@ -255,9 +259,9 @@ def _rows_train(root, wnids):
         folder, file = root/"train"/w/"images", root/"train"/w/f"{w}_boxes.txt"
         if not folder.is_dir(): raise FileNotFoundError(f"{folder}: missing, though wnids.txt lists {w}; unpack the archive again")
         boxes = _read_boxes(file, 5); watched += [folder, file]
-        images = sorted(os.listdir(folder), key=lambda f: (len(f), f)) # 0, 1, … 10, 11
+        images = sorted((f for f in os.listdir(folder) if not f.startswith(".")), key=lambda f: (len(f), f)) # 0, 1, … 10, 11
         if not images: raise ValueError(f"{folder}: class {w} has no image; unpack the archive again or remove {w} from wnids.txt")
-        rows += [(folder/f, label, boxes[f][0] if f in boxes else [0]*4) for f in images if not f.startswith(".")]
+        rows += [(folder/f, label, boxes[f][0] if f in boxes else [0]*4) for f in images]
     return rows, watched
 
 def _rows_val(root, wnids):
@@ -269,21 +273,22 @@ def _rows_val(root, wnids):
         if f in here: rows.append((folder/f, label[w], box))
     return rows, [file, folder]
 
-# %% ../nbs/01_data.ipynb #b863a46c
+# %% ../nbs/01_data.ipynb #d1bc0a04
 def load_tiny_imagenet(root, # folder `tiny-imagenet-200`, or the one that holds it
                        split:str="train", # "train" or "val" (the official test split has no labels)
                        download:bool=False, # fetch and unpack it into `root` if it is not there
                        cache=None, # folder for the decoded set; default: see `cache_folder`
+                       size:int|None=None, # resize to this many pixels; None: as they are
                        rebuild:bool=False, # decode again even if a cache is there
                        workers:int|None=None, # decoding processes; None: one a core
-                      ) -> ImageSet: # with boxes; 64×64 pixels
+                      ) -> ImageSet: # with boxes; the official images have 64×64 pixels
     "Tiny ImageNet in its official layout, decoded once ([Le and Yang 2015](http://cs231n.stanford.edu/reports/2015/pdfs/yle_project.pdf))."
     if split not in ("train", "val"): raise ValueError(f"split='{split}': use 'train' or 'val'")
     if download: download_tiny_imagenet(root)
     root = _find_tiny(root)
-    return _load(partial(_scan_tiny, root, split), root, f"{root.name}/{split}", None, cache, rebuild, workers)
+    return _load(partial(_scan_tiny, root, split), root, f"{root.resolve().name}/{split}", size, cache, rebuild, workers)
 
-# %% ../nbs/01_data.ipynb #c1d21100
+# %% ../nbs/01_data.ipynb #c503e91b
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 def _scan_folder(root):
@@ -308,9 +313,9 @@ def load_folder(root, # folder with one sub-folder a class
     "Any class-per-folder tree of images, decoded once."
     root = Path(root).expanduser()
     if not root.is_dir(): raise FileNotFoundError(f"{root}: no such folder; expected one with a sub-folder a class")
-    return _load(partial(_scan_folder, root), root, root.name, size, cache, rebuild, workers)
+    return _load(partial(_scan_folder, root), root, root.resolve().name, size, cache, rebuild, workers)
 
-# %% ../nbs/01_data.ipynb #bca15e22
+# %% ../nbs/01_data.ipynb #461f29e9
 def load_data(path, # Tiny ImageNet, a folder with train/ and val/ (or valid/, validation/), or a class-per-folder tree
               size:int|None=None, # see `load_folder`
               fraction:float=0.2, # validation share where there is no validation folder
@@ -320,7 +325,9 @@ def load_data(path, # Tiny ImageNet, a folder with train/ and val/ (or valid/, v
     path = Path(path).expanduser()
     if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder; give one with images, or fetch some with `robustcv data get`")
     if any((p/"wnids.txt").is_file() for p in (path, path/"tiny-imagenet-200")):
-        return tuple(load_tiny_imagenet(path, s, **kwargs) for s in ("train", "val"))
+        pair = tuple(load_tiny_imagenet(path, s, **kwargs) for s in ("train", "val"))
+        if size in (None, pair[0].images.shape[-1]): return pair # one cache serves both spellings
+        return tuple(load_tiny_imagenet(path, s, size=size, **kwargs) for s in ("train", "val"))
     for val in ("val", "valid", "validation"):
         if (path/"train").is_dir() and (path/val).is_dir():
             pair = tuple(load_folder(path/s, size, **kwargs) for s in ("train", val))

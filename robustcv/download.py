@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['TINY_URL', 'TINY_SIZE', 'TINY_MD5', 'download', 'unpack_zip', 'download_tiny_imagenet']
 
-# %% ../nbs/07_download.ipynb #62df0831
-import errno, hashlib, os, stat, tempfile, urllib.error, urllib.request, zipfile
+# %% ../nbs/07_download.ipynb #877df694
+import errno, hashlib, http.client, os, stat, tempfile, urllib.error, urllib.request, zipfile
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
 from .core import disk_errors
 
-# %% ../nbs/07_download.ipynb #226df84a
+# %% ../nbs/07_download.ipynb #0eca04ff
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_SIZE, TINY_MD5 = 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -30,7 +30,7 @@ def download(url:str, # where the file is
     left = tries
     while (have := part.stat().st_size if part.exists() else 0) < size:
         try: _fetch(url, part, have, size)
-        except (urllib.error.URLError, OSError) as e:
+        except (OSError, http.client.HTTPException) as e: # URLError is an OSError
             if isinstance(e, OSError) and e.errno == errno.ENOSPC: raise OSError(e.errno, f"{part}: no space left; free {size - have:,} bytes") from None
             left -= 1; problem = e
         else: left = left - 1 if part.stat().st_size <= have else tries; problem = "the connection broke"
@@ -57,7 +57,7 @@ def _fetch(url, part, have, size):
                 if f.tell() + len(chunk) > size: f.truncate(0); raise OSError(f"more than the expected {size:,} bytes arrived")
                 f.write(chunk); bar.update(len(chunk))
 
-# %% ../nbs/07_download.ipynb #b6b4686b
+# %% ../nbs/07_download.ipynb #e8bb4dc3
 def unpack_zip(archive, # zip file
                dest, # folder to create; must not exist
                top:str, # the archive's one top folder, which becomes `dest`
@@ -82,6 +82,8 @@ def download_tiny_imagenet(root, # folder to put `tiny-imagenet-200` into
     "Fetch and unpack Tiny ImageNet, unless it is there already."
     root = Path(root).expanduser(); dest = root/"tiny-imagenet-200"
     if (dest/"wnids.txt").is_file(): return dest
+    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+        raise FileExistsError(f"{dest}: there already, but without wnids.txt; remove or rename it, or choose another folder")
     with disk_errors(root):
         archive = download(url, root/"tiny-imagenet-200.zip", size, md5)
         try: unpack_zip(archive, dest, "tiny-imagenet-200")

@@ -98,7 +98,7 @@ def check_trust(model:nn.Module, # to be evaluated
     if (out >= 0).all() and torch.allclose(out.sum(1), torch.ones(len(out), device=out.device), atol=1e-3):
         warn("the outputs are probabilities: attacks need logits, saturated probabilities have no gradient")
 
-# %% ../nbs/05_evaluation.ipynb #76fce1de
+# %% ../nbs/05_evaluation.ipynb #22dafb4a
 COLUMNS = ["perturbation", "strength", "unit", "correct", "n", "accuracy", "low", "high", "seconds", "hits", "predicted"]
 
 def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
@@ -112,13 +112,15 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     "Accuracy under each perturbation, on the same images and with the same noise for every model."
     perturbations = standard_perturbations() if perturbations is None else list(perturbations)
     if not len(images): raise ValueError(f"images: {images.name} is empty")
-    device, mode = pick_device(device), model.training
+    device, mode = pick_device(device), {m: m.training for m in model.modules()}
     model, batches = model.to(device), Batches(images, batch_size, device=device)
     first = next(iter(batches))
-    check_trust(model, first.images[:8], first.labels[:8])
-    model.eval().to(memory_format=torch.channels_last)
-    try: rows = [_measure(model, batches, p, precision, seed) for p in perturbations]
-    finally: model.train(mode)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []): check_trust(model, first.images[:8], first.labels[:8])
+        model.eval().to(memory_format=torch.channels_last)
+        rows = [_measure(model, batches, p, precision, seed) for p in perturbations]
+    finally:
+        for m, was in mode.items(): m.training = was
     return pd.DataFrame(rows, columns=COLUMNS)
 
 def _measure(model, batches, perturbation, precision, seed):
@@ -130,8 +132,10 @@ def _measure(model, batches, perturbation, precision, seed):
             x = p.apply(b.images, b.labels, model)
             if x.shape[:2] != b.images.shape[:2]: raise ValueError(f"perturbation '{p.name}' returned shape {tuple(x.shape)} for {tuple(b.images.shape)}")
             with torch.inference_mode(), autocast(device, precision):
-                predicted.append(model(x.contiguous(memory_format=torch.channels_last)).argmax(1))
+                out = model(x.contiguous(memory_format=torch.channels_last))
+                predicted.append(torch.where(out.isfinite().all(1), out.argmax(1), -1))
         predicted = torch.cat(predicted).cpu().numpy()
+    if (predicted < 0).any(): raise ValueError(f"perturbation '{p.name}': the model's outputs are not finite for {(predicted < 0).sum()} images")
     hits = predicted == batches.data.labels.numpy()
     low, high = wilson(hits.sum(), len(hits))
     return [p.name, p.strength, p.unit, int(hits.sum()), len(hits), 100*hits.mean(), 100*low, 100*high, time.perf_counter() - start, hits, predicted]

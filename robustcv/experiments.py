@@ -6,9 +6,10 @@
 __all__ = ['SECTIONS', 'Run', 'baseline', 'scale_data', 'describe_data', 'train_run', 'run_section', 'one_setting', 'table',
            'caption', 'markdown', 'pool', 'by_name', 'filters', 'draw_figures']
 
-# %% ../nbs/20_experiments.ipynb #db14b036
+# %% ../nbs/20_experiments.ipynb #7b3b0ac5
 import base64, time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def describe_data(train:ImageSet, valid:ImageSet) -> dict:
     return dict(name="synthetic" if synthetic else train.name, synthetic=synthetic, fingerprint=f"{train.fingerprint}-{valid.fingerprint}",
                 classes=len(train.classes), train=len(train), valid=len(valid), pixels=train.images.shape[-1])
 
-# %% ../nbs/20_experiments.ipynb #fbc430ed
+# %% ../nbs/20_experiments.ipynb #c9d47804
 def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, device, folder) -> dict: # metrics of the record
     "Train and measure one run; its checkpoints and its model stay in `folder`."
     seed_everything(derive_seed(seed, "weights"))
@@ -89,7 +90,7 @@ def run_section(section:str, # one of `SECTIONS`
                 results="results", # folder of the records
                 folder="runs", # folder of checkpoints and models
                 device=None, # None: the best there is
-                say=print, # where progress goes, a line a run
+                say=partial(print, flush=True), # where progress goes, a line a run
                 **kwargs, # cache, workers
                ) -> list: # the section's records at this scale on this data, old and new
     "Train and measure what is not on record yet."

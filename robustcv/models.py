@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['Classifier', 'build_model', 'save_model', 'load_model', 'first_conv', 'show_filters']
 
-# %% ../nbs/03_models.ipynb #45763253
-import hashlib, json, os, urllib.error
+# %% ../nbs/03_models.ipynb #9752feca
+import hashlib, json, os, re, urllib.error
 from pathlib import Path
 
 import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .core import IMAGENET_MEAN, IMAGENET_STD, atomic_path, choose
 from .data import show_images
 
-# %% ../nbs/03_models.ipynb #56aad0ca
+# %% ../nbs/03_models.ipynb #4ad14594
 class Classifier(nn.Module):
     "A network from images in [0,1] to logits, with its normalisation, stages and description."
     def __init__(self,
@@ -28,7 +28,7 @@ class Classifier(nn.Module):
                 ):
         super().__init__()
         self.net, self.stages, self.config, self.frozen = net, stages, config, ()
-        self.classes = None # names, set by whoever trains
+        self.classes = self.size = None # class names and image size in pixels, set by whoever trains
         std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
         self.register_buffer("scale", 1/std, persistent=False)
         self.register_buffer("shift", -torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)/std, persistent=False)
@@ -43,9 +43,9 @@ class Classifier(nn.Module):
         "Freeze all stages before `name` and train the rest; `freeze_below(first stage)` trains everything."
         choose(f"stage of {self.config['name']}", name, self.stages)
         names = list(self.stages); self.frozen = tuple(names[:names.index(name)])
-        for p in self.parameters(): p.requires_grad_(True)
-        for s in self.frozen:
-            for m in self.stage(s): m.requires_grad_(False)
+        self.requires_grad_(not self.frozen) # a parameter of no stage, such as a class token, belongs to the body
+        for s in names[len(self.frozen):]:
+            for m in self.stage(s): m.requires_grad_(True)
         return self.train(self.training)
 
     def train(self, mode:bool=True):
@@ -113,13 +113,14 @@ def build_model(name:str, # "resnet18", "densenet121", any torchvision classifie
     if last.out_features != num_classes: net.set_submodule(stages["head"][0], nn.Linear(last.in_features, num_classes))
     return Classifier(net, stages, dict(name=name, num_classes=num_classes, stem=stem))
 
-# %% ../nbs/03_models.ipynb #05e9da91
+# %% ../nbs/03_models.ipynb #77e7de0d
 def _read_weights(path) -> dict:
     "Tensors by name from a .safetensors or torch file, executing nothing."
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such weights file")
     try:
-        if path.suffix == ".safetensors":
+        with open(path, "rb") as f: safe = f.read(9)[8:] == b"{" # how every safetensors file begins
+        if safe or path.suffix == ".safetensors":
             with safe_open(path, "pt") as f: state = {k: f.get_tensor(k) for k in f.keys()}
         else: state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError) as e: raise ValueError(f"{path}: damaged or not a weights file ({e})") from None
@@ -143,7 +144,11 @@ def _load_state(net, state, source, may_miss=None):
     if bad: raise ValueError(f"{source}: {bad[0]} holds values that are not finite")
     net.load_state_dict(state, strict=False)
 
-# %% ../nbs/03_models.ipynb #28f567e1
+# %% ../nbs/03_models.ipynb #249e19df
+def _modern_names(state):
+    "torchvision's DenseNet files say `norm.1` where its networks say `norm1`."
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", k): v for k, v in state.items()}
+
 def _pretrained_weights(name) -> dict:
     "torchvision's default ImageNet weights, from the hub's cache or its official server, hash checked."
     if name not in torchvision.models.list_models(module=torchvision.models): _create(name, 2); raise ValueError(
@@ -155,19 +160,20 @@ def _pretrained_weights(name) -> dict:
         with open(file, "rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
         wanted = file.stem.rpartition("-")[2]
         if not found.startswith(wanted): raise ValueError(f"{file}: its hash begins with {found[:8]} instead of {wanted}: remove it and run again")
-        return _read_weights(file)
-    try: return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        return _modern_names(_read_weights(file))
+    try: return _modern_names(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
     except (urllib.error.URLError, OSError) as e:
         raise ConnectionError(f"cannot download {weights.url} ({e}); put that file at {file}, or pass weights=FILE, "
                               "or train from scratch with pretrained=False") from None
 
-# %% ../nbs/03_models.ipynb #4a30d0c2
+# %% ../nbs/03_models.ipynb #9ead2c63
 def save_model(model:Classifier, # to save
                path, # .safetensors file
               ):
     "Write weights and description into one file, atomically."
-    meta = {"robustcv": json.dumps({**model.config, "classes": model.classes})}
-    with atomic_path(path) as part: save_file({k: v.detach().cpu().contiguous() for k, v in model.net.state_dict().items()}, part, meta)
+    meta = {"robustcv": json.dumps({**model.config, "classes": model.classes, "size": model.size})}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.net.state_dict().items()}
+    with atomic_path(path) as part: part.write_bytes(save(tensors, meta))
 
 def load_model(path, # file written by `save_model`
                device="cpu", # where the model goes
@@ -178,11 +184,13 @@ def load_model(path, # file written by `save_model`
     try:
         with safe_open(path, "pt") as f: config = json.loads((f.metadata() or {})["robustcv"])
     except (SafetensorError, json.JSONDecodeError, OSError) as e: raise ValueError(f"{path}: damaged or not a safetensors file ({e})") from None
-    except KeyError: raise ValueError(f"{path}: not a robustcv model; pass it to build_model(…, weights=FILE) instead") from None
-    classes = config.pop("classes")
+    except KeyError: config = None
+    if not isinstance(config, dict) or config.keys() - {"size"} != {"name", "num_classes", "stem", "classes"}:
+        raise ValueError(f"{path}: not a robustcv model; pass it to build_model(…, weights=FILE) instead")
+    classes, size = config.pop("classes"), config.pop("size", None)
     model = build_model(**config)
     _load_state(model.net, _read_weights(path), path)
-    model.classes = None if classes is None else tuple(classes)
+    model.classes, model.size = None if classes is None else tuple(classes), size
     return model.to(device).eval()
 
 # %% ../nbs/03_models.ipynb #a562d722

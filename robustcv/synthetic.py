@@ -82,7 +82,7 @@ def _arc(x, # of the centre
 
 def _box(x0, y0, x1, y1): return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
-# %% ../nbs/06_synthetic.ipynb #2265c2a5
+# %% ../nbs/06_synthetic.ipynb #6b460e0d
 _BLACK,_WHITE = (25, 22, 28),(250, 248, 240)
 
 def _color(rng,
@@ -96,7 +96,6 @@ def _color(rng,
 
 def _mix(a, b, t): return tuple(round(p + (q - p)*t) for p,q in zip(a, b))
 
-# %% ../nbs/06_synthetic.ipynb #2dec962d
 def _two_colors(rng):
     "A dark and a light colour of any hue, in either order"
     pair = _color(rng, val=(.35, .6)),_color(rng, sat=(.2, .6), val=(.85, 1))
@@ -307,7 +306,7 @@ def draw_image(rng, # numpy generator
     img,mask = draw_scene(rng, cls, size)
     return img,mask_box(mask)
 
-# %% ../nbs/06_synthetic.ipynb #fcbcea0b
+# %% ../nbs/06_synthetic.ipynb #6a894588
 _MARKER,_VERSION = 'synthetic.json',1 # raise the version whenever the pictures change
 
 def _write_image(path, # file to write
@@ -322,7 +321,6 @@ def _write_image(path, # file to write
 
 def _write_lines(path, lines): path.write_bytes(''.join(f'{line}\n' for line in lines).encode())
 
-# %% ../nbs/06_synthetic.ipynb #0e6db19d
 def _write_train(root, wnids, n, size, seed):
     "The training folders, one a class, each with its box file"
     for cls,wnid in enumerate(wnids):
@@ -383,7 +381,7 @@ def _move(tree, # finished tree
     except OSError:
         if not _is_there(dest, config): raise
 
-# %% ../nbs/06_synthetic.ipynb #9ade1667
+# %% ../nbs/06_synthetic.ipynb #94f6834c
 def make_synthetic(dest, # folder to create, in the layout of `tiny-imagenet-200`
                    train_per_class=200, # training pictures of each class
                    val_per_class=50, # validation pictures of each class
@@ -394,7 +392,7 @@ def make_synthetic(dest, # folder to create, in the layout of `tiny-imagenet-200
     "Draw a data set into `dest` in Tiny ImageNet's official layout, or find it there"
     config = dict(train_per_class=train_per_class, val_per_class=val_per_class, classes=classes, size=size, seed=seed)
     _check(config)
-    config,dest = {**{k: int(v) for k,v in config.items()}, 'version': _VERSION},Path(dest)
+    config,dest = {**{k: int(v) for k,v in config.items()}, 'version': _VERSION},Path(dest).expanduser()
     if _is_there(dest, config): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f'.{dest.name}-') as tmp:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['cross_entropy', 'Training', 'autocast', 'accuracy', 'Checkpoint', 'fit', 'plot_history']
 
-# %% ../nbs/04_training.ipynb #c37058eb
-import json, math, os, time
+# %% ../nbs/04_training.ipynb #780a7d0e
+import io, json, math, time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,22 +65,22 @@ def _cpu_has_bf16():
     except OSError: return False
     return any(f" {f}" in flags for f in ("avx512_bf16", "amx_bf16", "bf16"))
 
-# %% ../nbs/04_training.ipynb #ae185b52
+# %% ../nbs/04_training.ipynb #c07d5b62
 @torch.inference_mode()
 def accuracy(model:nn.Module, # to measure, in evaluation mode meanwhile
              batches:Batches, # what to measure it on; this process's share
              precision:str="auto", # see `Training`
             ) -> Tensor: # (2,) int64: correct and total
     "Count correct predictions."
-    training, counts = model.training, torch.zeros(2, dtype=torch.int64, device=batches.device)
+    mode, counts = {m: m.training for m in model.modules()}, torch.zeros(2, dtype=torch.int64, device=batches.device)
     model.eval()
     for b in batches:
         with autocast(batches.device, precision): predicted = model(b.images.contiguous(memory_format=torch.channels_last)).argmax(1)
         counts += torch.stack([(predicted == b.labels).sum(), torch.tensor(len(predicted), device=batches.device)])
-    model.train(training)
+    for m, was in mode.items(): m.training = was
     return counts
 
-# %% ../nbs/04_training.ipynb #6e558971
+# %% ../nbs/04_training.ipynb #f7d0e258
 class Checkpoint:
     "The resumable state of a run, in `folder`; without a folder, only the best weights are kept, in memory."
     def __init__(self, folder, model, optimizer, schedule, signature:str):
@@ -96,21 +96,21 @@ class Checkpoint:
         if self.folder is None or not main: return
         if row["valid_accuracy"] > best and isinstance(model, Classifier): save_model(model, self.folder/"best.safetensors")
         state = {k: p.state_dict() for k, p in self.parts.items()}
-        with atomic_path(self.folder/"state.pt") as part:
-            torch.save({**state, "best": self.best, "history": json.dumps(self.history), "signature": self.signature}, part)
+        torch.save({**state, "best": self.best, "history": json.dumps(self.history), "signature": self.signature}, content := io.BytesIO())
+        with atomic_path(self.folder/"state.pt") as part: part.write_bytes(content.getbuffer())
 
     def load(self) -> int: # number of finished epochs
         "Continue where the folder's state left off, if there is one."
         if self.folder is None or not (file := self.folder/"state.pt").is_file(): return 0
         try: state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as e: raise ValueError(f"{file}: damaged ({str(e).splitlines()[0][:100]}); remove it to start again") from None
-        if state["signature"] != self.signature:
+        except Exception as e: raise ValueError(f"{file}: damaged ({(str(e) or repr(e)).splitlines()[0][:100]}); remove it to start again") from None
+        if not isinstance(state, dict) or state.get("signature") != self.signature:
             raise ValueError(f"{file}: belongs to a run with other settings or data; remove it or choose another folder")
         for k, p in self.parts.items(): p.load_state_dict(state[k])
         self.history, self.best = json.loads(state["history"]), state["best"]
         return len(self.history)
 
-# %% ../nbs/04_training.ipynb #0fd2f0e9
+# %% ../nbs/04_training.ipynb #acc680ca
 def _step(run, batch, gen):
     "One update; returns the loss, still on the device."
     if run.transform is not None: batch = replace(batch, images=run.transform(batch.images, gen))
@@ -132,10 +132,12 @@ def _epoch(run, epoch, check_every=50):
             kept = f"the checkpoint in {run.checkpoint.folder} is from before" if run.checkpoint.folder and epoch else "nothing was saved"
             raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {i}: lower the learning rate (lr={run.config.lr}) "
                                      f"or use precision='fp32'; {kept}")
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        raise FloatingPointError(f"the weights are not finite after epoch {epoch + 1}: lower the learning rate (lr={run.config.lr})")
     seconds = time.perf_counter() - start
     return {"loss": loss/i, "seconds": round(seconds, 2), "images_per_second": round(i*run.config.batch_size/seconds, 1)}
 
-# %% ../nbs/04_training.ipynb #83a5173f
+# %% ../nbs/04_training.ipynb #a7f9c73f
 @dataclass
 class _Run:
     "Everything that a run's steps need."
@@ -146,26 +148,31 @@ def _set_up(model, train, valid, objective, transform, config, seed, device, fol
     "Place the model, make optimiser, schedule and batches, and load the checkpoint if there is one."
     acc, device = _accelerator(device)
     model = model.to(device, memory_format=torch.channels_last)
-    if isinstance(model, Classifier): model.classes = train.classes
+    if isinstance(model, Classifier): model.classes, model.size = train.classes, train.images.shape[-1]
     shard = dict(device=device, rank=acc.process_index, world=acc.num_processes)
     batches = Batches(train, config.batch_size, shuffle=True, drop_last=True, seed=seed, **shard)
     few = take(train, torch.randperm(len(train), generator=generator(seed, "probe"))[:len(valid)].sort().values)
     probes = {"train_accuracy": Batches(few, 256, **shard), "valid_accuracy": Batches(valid, 256, **shard)}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
     schedule = _one_cycle(optimizer, config, config.epochs*len(batches))
-    signature = json.dumps(describe(dict(config=config, objective=objective, transform=transform, seed=seed, data=[train.fingerprint, valid.fingerprint],
-                                         model=getattr(model, "config", type(model).__name__), frozen=getattr(model, "frozen", ()))))
-    checkpoint = Checkpoint(folder, model, optimizer, schedule, signature)
+    checkpoint = Checkpoint(folder, model, optimizer, schedule, folder and _signature(model, train, valid, objective, transform, config, seed))
     done, images = checkpoint.load(), len(batches)*config.batch_size
     bar = tqdm(total=config.epochs*images, initial=done*images, unit=" images", unit_scale=True, disable=None if acc.is_main_process else True, leave=False)
     return _Run(model, acc.prepare(model) if acc.num_processes > 1 else model, batches, probes, objective, transform, config, seed, device,
                 acc.backward, acc.reduce, acc.is_main_process, optimizer, schedule, checkpoint, bar)
 
-# %% ../nbs/04_training.ipynb #11e7254b
+# %% ../nbs/04_training.ipynb #bb91d25c
+def _signature(model, train, valid, objective, transform, config, seed):
+    "What a checkpoint must agree with to be continued."
+    about = model.config if isinstance(model, Classifier) else type(model).__name__
+    return json.dumps(describe(dict(config=config, objective=objective, transform=transform, seed=seed, model=about, frozen=getattr(model, "frozen", ()),
+                                    data=[train.fingerprint, valid.fingerprint])))
+
 def _one_cycle(optimizer, config, steps):
     "torch's one-cycle schedule from a 25th of the peak; it divides by zero unless the rise takes at least two steps."
-    steps = max(2, steps)
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=min(1., max(config.warmup, 2/steps)), cycle_momentum=False)
+    steps = max(3, steps)
+    rise = min(1 - 1/steps, max(config.warmup, 2/steps))
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=rise, cycle_momentum=False)
 
 def _accelerator(device):
     "Accelerate's handle on this process, and the device: with one process, the one asked for."
@@ -177,7 +184,7 @@ def _accelerator(device):
 def _check_fit(model, train, valid):
     if train.classes != valid.classes: raise ValueError(f"valid: its classes differ from those of the training images ({train.name}, {valid.name})")
     if not len(valid): raise ValueError("valid: no images to measure on")
-    k = getattr(model, "config", {}).get("num_classes", len(train.classes))
+    k = model.config["num_classes"] if isinstance(model, Classifier) else len(train.classes)
     if k != len(train.classes): raise ValueError(f"model: has {k} outputs, the images have {len(train.classes)} classes; build it with num_classes={len(train.classes)}")
     if not any(p.requires_grad for p in model.parameters()): raise ValueError("model: all of its parameters are frozen")
 

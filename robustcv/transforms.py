@@ -80,7 +80,7 @@ class RandomVerticalFlip(RandomHorizontalFlip):
     "Mirror top and bottom with probability `p`."
     dim = 2
 
-# %% ../nbs/02_transforms.ipynb #f70278fe
+# %% ../nbs/02_transforms.ipynb #3b1a9f55
 class RandomCrop(Transform):
     "Pad all sides, then take a `size` window at a random place."
     def __init__(self,
@@ -89,9 +89,10 @@ class RandomCrop(Transform):
                  padding_mode:str="constant", # "constant" (black) or "reflect"
                 ):
         super().__init__()
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
-        if len(self.size) != 2 or min(self.size) < 1: raise ValueError(f"size={size}: expected a positive height and width")
-        if padding < 0: raise ValueError(f"padding={padding}: must not be negative")
+        self.size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        if len(self.size) != 2 or not all(isinstance(s, int) and s >= 1 for s in self.size):
+            raise ValueError(f"size={size}: expected a positive height and width in whole pixels")
+        if not isinstance(padding, int) or padding < 0: raise ValueError(f"padding={padding}: must be a whole number of pixels, not negative")
         if padding_mode not in ("constant", "reflect"): raise ValueError(f"padding_mode='{padding_mode}': use 'constant' or 'reflect'")
         self.padding, self.padding_mode = padding, padding_mode
 
@@ -128,7 +129,7 @@ def _crop_gather(x, top, left, size, padding, mode):
         x = x.gather(dim, index.view(len(x), 1, *((n, 1) if dim == 2 else (1, n))).expand(shape))
     return x if mode == "reflect" else torch.where(inside, x, 0.)
 
-# %% ../nbs/02_transforms.ipynb #efb5b64d
+# %% ../nbs/02_transforms.ipynb #19726ac8
 def affine(x:Tensor, # (B,3,H,W)
            angle:Tensor|float=0., # (B,) degrees, clockwise
            translate:tuple=(0., 0.), # pixels to the right and down, each a number or (B,)
@@ -153,11 +154,15 @@ def _grid(rows, h, w):
     along, down = rows[:, :, 0, None]*centres(w) + rows[:, :, 2, None], rows[:, :, 1, None]*centres(h)
     return torch.stack([along[:, k, None, :] + down[:, k, :, None] for k in (0, 1)], -1)
 
+def _check_fill(fill):
+    if not isinstance(fill, Number) or not 0 <= fill <= 1: raise ValueError(f"fill={fill}: a pixel value between 0 and 1")
+    return float(fill)
+
 def _check_interpolation(name):
     if name not in ("nearest", "bilinear"): raise ValueError(f"interpolation='{name}': use 'nearest' or 'bilinear'")
     return name
 
-# %% ../nbs/02_transforms.ipynb #6758e6b7
+# %% ../nbs/02_transforms.ipynb #a84b0413
 class RandomAffine(Transform):
     "Rotate, translate, scale and shear by random amounts; torchvision's ranges and defaults."
     def __init__(self,
@@ -171,23 +176,24 @@ class RandomAffine(Transform):
         super().__init__()
         both = lambda v: (-v, v) if isinstance(v, Number) else v
         self.degrees, self.shear = check_range("degrees", both(degrees)), check_range("shear", both(shear), -89, 89)
-        self.scale, self.interpolation, self.fill = check_range("scale", scale, 1e-3), _check_interpolation(interpolation), fill
-        if len(translate) != 2 or not all(0 <= t <= 1 for t in translate): raise ValueError(f"translate={translate}: fractions between 0 and 1")
+        self.scale, self.interpolation, self.fill = check_range("scale", scale, 1e-3), _check_interpolation(interpolation), _check_fill(fill)
+        if not isinstance(translate, (tuple, list)) or len(translate) != 2 or not all(0 <= t <= 1 for t in translate):
+            raise ValueError(f"translate={translate}: expected two fractions between 0 and 1, of width and height")
         self.translate = tuple(translate)
 
     def draw(self, x, generator=None):
         draw = lambda low, high: uniform(len(x), low, high, generator)
         most = [t*n for t, n in zip(self.translate, (x.shape[3], x.shape[2]), strict=True)]
-        return {"angle": draw(*self.degrees), "translate": torch.stack([draw(-m, m).round() for m in most]),
+        return {"angle": draw(*self.degrees), "translate": torch.stack([draw(-m, m).round() for m in most], 1),
                 "scale": draw(*self.scale), "shear": draw(*self.shear)}
 
     def transform(self, x, angle, translate, scale, shear):
-        "`angle`, `scale`, `shear`: (B,); `translate`: (2,B) pixels."
-        return affine(x, angle, tuple(translate), scale, (shear, 0.), self.interpolation, self.fill)
+        "`angle`, `scale`, `shear`: (B,); `translate`: (B,2) pixels."
+        return affine(x, angle, translate.unbind(1), scale, (shear, 0.), self.interpolation, self.fill)
 
-    def extra_repr(self): return f"degrees={self.degrees}, translate={self.translate}, scale={self.scale}, shear={self.shear}, {self.interpolation}"
+    def extra_repr(self): return f"degrees={self.degrees}, translate={self.translate}, scale={self.scale}, shear={self.shear}, {self.interpolation}, fill={self.fill}"
 
-# %% ../nbs/02_transforms.ipynb #626694a8
+# %% ../nbs/02_transforms.ipynb #8bd991df
 class RandomRotation(Transform):
     "Rotate by a random angle about the centre."
     def __init__(self,
@@ -197,7 +203,7 @@ class RandomRotation(Transform):
                 ):
         super().__init__()
         self.degrees = check_range("degrees", (-degrees, degrees) if isinstance(degrees, Number) else degrees)
-        self.interpolation, self.fill = _check_interpolation(interpolation), fill
+        self.interpolation, self.fill = _check_interpolation(interpolation), _check_fill(fill)
 
     def draw(self, x, generator=None): return {"angle": uniform(len(x), *self.degrees, generator)}
 
@@ -205,7 +211,7 @@ class RandomRotation(Transform):
         "`angle`: (B,) degrees, counter-clockwise."
         return affine(x, -angle, interpolation=self.interpolation, fill=self.fill)
 
-    def extra_repr(self): return f"degrees={self.degrees}, {self.interpolation}"
+    def extra_repr(self): return f"degrees={self.degrees}, {self.interpolation}, fill={self.fill}"
 
 # %% ../nbs/02_transforms.ipynb #8cdc6614
 class RandomGrayscale(Transform):
@@ -225,7 +231,7 @@ class RandomGrayscale(Transform):
 
     def extra_repr(self): return f"p={self.p}"
 
-# %% ../nbs/02_transforms.ipynb #c4c4f699
+# %% ../nbs/02_transforms.ipynb #831f1842
 class RandomGaussianBlur(Transform):
     "Blur with a Gaussian of random width with probability `p`."
     def __init__(self,
@@ -234,7 +240,7 @@ class RandomGaussianBlur(Transform):
                  p:float=0.5, # probability, for each image on its own
                 ):
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0: raise ValueError(f"kernel_size={kernel_size}: must be odd and positive")
+        if kernel_size < 1 or kernel_size % 2 != 1: raise ValueError(f"kernel_size={kernel_size}: must be odd and positive")
         self.kernel_size, self.sigma, self.p = kernel_size, check_range("sigma", sigma, 1e-3), check_p(p)
 
     def draw(self, x, generator=None):

@@ -154,7 +154,7 @@ def test_settings_that_are_off_do_not_change_the_id(off):
 def test_settings_that_are_on_change_the_id(on): assert identify({"lr": 1}) != identify({"lr": 1, "new": on})
 
 def test_a_group_of_settings_that_are_all_off_does_not_change_the_id():
-    assert identify({"lr": 1}) == identify({"lr": 1, "new": {"a": None, "b": False}}) # BUG: {"a": None} becomes {}, which counts
+    assert identify({"lr": 1}) == identify({"lr": 1, "new": {"a": None, "b": False}})
 
 def test_the_id_depends_on_what_was_run_and_not_on_circumstances():
     assert len({identify({"lr": 1}), identify({"lr": 2}), identify({"lr": 1}, seed=1), identify({"lr": 1}, fingerprint="g")}) == 4
@@ -175,5 +175,5 @@ def test_describe_gives_plain_values(value, said):
 def test_describe_keeps_positional_arguments(): assert describe(partial(objective, 1)) != describe(partial(objective, 2))
 
 @pytest.mark.parametrize("value", [object(), Path("x"), lambda x: x])
-def test_describe_refuses_what_it_cannot_tell_apart(value): # BUG: two lambdas are both "<lambda>" and so share an id and a checkpoint
+def test_describe_refuses_what_it_cannot_tell_apart(value):
     with pytest.raises(TypeError, match="cannot describe"): describe(value)

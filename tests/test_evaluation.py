@@ -62,6 +62,12 @@ def test_the_noise_is_the_same_for_every_model_and_follows_the_seed():
     for model, seed in ((linear(), 0), (Constant().eval(), 0), (linear(), 1)): table(model, perturbations=[watch], seed=seed)
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
 
+def test_every_strength_has_noise_of_its_own():
+    seen = []
+    watch = [Perturbation("watch", lambda x, y, m: seen.append(torch.rand(9)) or x, s) for s in (0.1, 0.2)]
+    table(perturbations=watch)
+    assert not torch.equal(*seen)
+
 def test_a_perturbation_does_not_change_the_noise_of_the_next():
     noise = [p for p in STANDARD if p.name == "noise"]
     alone, after = table(perturbations=noise[2:3]), table(perturbations=[*noise[:2], noise[2]])
@@ -77,7 +83,7 @@ def test_a_perturbation_gets_images_labels_and_the_model():
     assert seen == data.labels.tolist()
 
 @pytest.mark.parametrize("mode", [False, pytest.param(True, marks=pytest.mark.filterwarnings("ignore::robustcv.evaluation.TrustWarning"))])
-def test_mode_random_state_and_images_are_left_alone(mode): # BUG: a part that was in another mode is switched
+def test_mode_random_state_and_images_are_left_alone(mode):
     model, data = nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.BatchNorm1d(768), nn.Linear(768, 4)).train(mode), images()
     model[2].eval()
     before, modes, pixels, state = torch.get_rng_state(), [m.training for m in model.modules()], data.images.clone(), {**model.state_dict()}
@@ -86,6 +92,11 @@ def test_mode_random_state_and_images_are_left_alone(mode): # BUG: a part that w
     assert torch.equal(before, torch.get_rng_state()) and torch.equal(data.images, pixels)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
+
+@pytest.mark.filterwarnings("ignore::robustcv.evaluation.TrustWarning")
+def test_a_model_in_training_mode_is_measured_in_evaluation_mode():
+    model = nn.Sequential(nn.Dropout(.9), linear())
+    assert np.array_equal(table(model.train()).predicted[0], table(model.eval()).predicted[0])
 
 def test_the_mode_comes_back_after_an_error():
     def fail(x, y, m): raise KeyError
@@ -96,12 +107,12 @@ def test_the_mode_comes_back_after_an_error():
 class Broken(nn.Module):
     def forward(self, x): return x.flatten(1)[:, :4]/0
 
-def test_outputs_that_are_not_finite_are_refused_and_the_mode_comes_back(): # BUG: check_trust leaves the model in evaluation mode
+def test_outputs_that_are_not_finite_are_refused_and_the_mode_comes_back():
     model = Broken().train()
     with pytest.warns(TrustWarning), pytest.raises(ValueError, match="outputs are not finite"): table(model)
     assert model.training
 
-# BUG: only the first eight clean images are looked at; argmax of NaN is counted
+
 def test_outputs_that_are_not_finite_later_on_are_refused_too():
     with pytest.raises(ValueError, match="outputs are not finite"):
         table(perturbations=[*CLEAN, Perturbation("0/0", lambda x, y, m: x*math.nan)])
@@ -137,7 +148,7 @@ def test_a_reason_for_distrust_is_told(model, said):
 def test_a_sound_model_is_trusted():
     with warnings.catch_warnings(): warnings.simplefilter("error"); table(); table(Constant().eval())
 
-def test_a_random_model_does_not_move_the_global_random_state(): # BUG: check_trust's forward passes draw from it
+def test_a_random_model_does_not_move_the_global_random_state():
     before = torch.get_rng_state()
     with pytest.warns(TrustWarning): table(Random().eval())
     assert torch.equal(before, torch.get_rng_state())

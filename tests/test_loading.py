@@ -108,7 +108,7 @@ def test_a_missing_part_is_named(official, gone, split):
     with pytest.raises(FileNotFoundError, match=gone): load_tiny_imagenet(official, split)
 
 @pytest.mark.parametrize("left", [None, ".hidden"])
-def test_a_class_without_images_is_named(official, left): # BUG: hidden files count as images
+def test_a_class_without_images_is_named(official, left):
     folder = official/"train"/"s00000003"/"images"
     for f in folder.iterdir(): f.unlink()
     if left: (folder/left).touch()
@@ -147,14 +147,14 @@ def test_every_format_is_decoded_as_pil_does(tmp_path):
     for image, file in zip(data.images, files, strict=True): assert torch.equal(image, pixels(file)), file.name
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
-def test_sixteen_bits_keep_their_upper_eight(tmp_path, name): # BUG: a 16-bit .pgm, mode "I" in PIL, turns white
+def test_sixteen_bits_keep_their_upper_eight(tmp_path, name):
     deep = np.random.default_rng(0).integers(0, 65536, (16, 16), np.uint16)
     (tmp_path/"in"/"a").mkdir(parents=True); file = tmp_path/"in"/"a"/name
     if name == "a.pgm": file.write_bytes(b"P5 16 16 65535\n" + deep.astype(">u2").tobytes())
     else: Image.fromarray(deep).save(file)
     assert load_folder(tmp_path/"in").images[0, 1].tolist() == (deep >> 8).tolist()
 
-def test_a_photograph_with_odd_metadata_is_read(tmp_path): # BUG: ImageOps.exif_transpose writes the metadata again: struct.error
+def test_a_photograph_with_odd_metadata_is_read(tmp_path):
     exif = Image.Exif(); exif[0x0112], exif[0x010e] = 6, "text"
     (tmp_path/"in"/"a").mkdir(parents=True); file = tmp_path/"in"/"a"/"0.jpg"
     picture().save(file, exif=exif)
@@ -216,7 +216,7 @@ def test_an_empty_class_and_a_missing_folder_are_named(tmp_path):
 def test_a_size_out_of_range_is_refused(tmp_path, size):
     with pytest.raises(ValueError, match=f"size={size}"): load_folder(write_tree(tmp_path/"in"), size)
 
-def test_the_current_folder_has_a_name(tmp_path, monkeypatch): # BUG: Path(".").name is empty, and so is the set's name
+def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(write_tree(tmp_path/"pets"))
     assert load_folder(".").name == "pets"
 
@@ -275,11 +275,12 @@ def foreign(path):
     save_file({"x": torch.zeros(3)}, path)
 
 @pytest.mark.parametrize("damage", [lambda f: f.write_bytes(b""), lambda f: f.write_bytes(f.read_bytes()[:-100]),
-    lambda f: f.write_bytes(b"x"*500), lambda f: f.write_bytes(f.read_bytes()[:40]), lambda f: f.write_bytes(f.read_bytes().replace(b"stamp", b"stomp")),
+    lambda f: f.write_bytes(b"x"*500),
+    lambda f: f.write_bytes(f.read_bytes()[:40]), lambda f: f.write_bytes(f.read_bytes().replace(b"stamp", b"stomp")),
     foreign,
     lambda f: f.write_bytes(f.read_bytes().replace((1).to_bytes(8, "little"), (77).to_bytes(8, "little")))],
     ids=["empty", "truncated", "garbage", "head only", "no stamp", "another file", "labels"])
-def test_a_damaged_cache_file_is_rebuilt(tmp_path, cache, damage): # BUG: "another file" and "labels" raise and stay damaged
+def test_a_damaged_cache_file_is_rebuilt(tmp_path, cache, damage):
     root = write_tree(tmp_path/"in"); good = load_folder(root, cache=cache).fingerprint
     damage(next(cache.iterdir()))
     with pytest.warns(UserWarning, match="damaged cache file"): assert load_folder(root, cache=cache).fingerprint == good
@@ -330,6 +331,13 @@ def test_load_data_reads_the_three_layouts(tmp_path, tiny):
         assert [s.labels.tolist() for s in load_data(root)] == [[0, 0, 1], [0, 1]]
     root = write_tree(tmp_path/"flat", [f"{c}/{i}.png" for c in "ab" for i in range(5)])
     assert [s.labels.tolist() for s in load_data(root, 8, 0.4)] == [[0]*3 + [1]*3, [0]*2 + [1]*2]
+
+@pytest.mark.parametrize("size", [None, 16, 32])
+def test_load_data_resizes_the_official_set_too(tiny, cache, size):
+    train, valid = load_data(tiny, size, cache=cache)
+    assert train.images.shape[2:] == valid.images.shape[2:] == ((size or 32),)*2
+    assert torch.equal(train.boxes, load_tiny_imagenet(tiny).boxes)
+    if size == 32: assert train.fingerprint == load_tiny_imagenet(tiny).fingerprint
 
 def test_load_data_names_classes_of_one_half_only(tmp_path):
     root = write_tree(tmp_path/"in", ["train/a/0.png", "train/b/0.png", "val/a/0.png", "val/c/0.png"])

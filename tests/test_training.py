@@ -72,7 +72,7 @@ def test_a_linear_model_follows_the_closed_form(config):
 
 @pytest.mark.parametrize("warmup", [0, .25, .5, 1])
 @pytest.mark.parametrize("steps", range(1, 7))
-def test_runs_of_few_steps_train_too(steps, warmup): # BUG: 2 steps in all, or warmup=1, divide by zero in OneCycleLR
+def test_runs_of_few_steps_train_too(steps, warmup):
     history = run(config=Training(epochs=steps, batch_size=8, lr=.01, warmup=warmup), train=images(8))[1]
     assert len(history) == steps and history.lr.between(0, .01 + 1e-9).all()
 
@@ -202,7 +202,7 @@ def other(path): torch.save({"epoch": 3}, path)
 @pytest.mark.parametrize("damage", [lambda f: f.write_bytes(b""), lambda f: f.write_bytes(f.read_bytes()[:-200]),
                                     lambda f: f.write_bytes(b"x"*999), lambda f: f.write_text("state"), other],
                          ids=["empty", "truncated", "garbage", "text", "another file"])
-def test_a_damaged_state_is_named(tmp_path, damage): # BUG: an empty one is an IndexError, another program's a bare KeyError
+def test_a_damaged_state_is_named(tmp_path, damage):
     run(folder=tmp_path); damage(tmp_path/"state.pt")
     with pytest.raises(ValueError, match="state.pt: (damaged|belongs)"): run(folder=tmp_path)
 
@@ -251,7 +251,7 @@ def test_without_a_checkpoint_the_error_says_that_nothing_was_saved():
 def infinite_slope(model, batch, backward): # a finite loss whose gradient is not
     return cross_entropy(model, batch) + (model(batch.images).sum()*0).sqrt()
 
-def test_weights_that_are_not_finite_are_neither_returned_nor_saved(tmp_path): # BUG: only the loss is looked at, before the last step
+def test_weights_that_are_not_finite_are_neither_returned_nor_saved(tmp_path):
     with pytest.raises(FloatingPointError):
         run(objective=infinite_slope, config=Training(epochs=1, batch_size=24, precision="fp32"), folder=tmp_path)
     assert not (tmp_path/"state.pt").exists()
@@ -264,7 +264,7 @@ def test_weights_that_are_not_finite_are_neither_returned_nor_saved(tmp_path): #
 def test_what_does_not_fit_together_is_refused(kwargs, said):
     with pytest.raises(ValueError, match=said): run(**kwargs)
 
-def test_a_model_with_a_config_of_another_kind_is_trained(): # BUG: config.get is called on whatever a foreign model calls its config
+def test_a_model_with_a_config_of_another_kind_is_trained():
     model = linear(); model.config = SimpleNamespace(hidden=3)
     assert len(run(model)[1]) == 3
 
@@ -274,7 +274,7 @@ def test_a_bad_setting_is_named(name, value):
     with pytest.raises(ValueError, match=name): run(config=replace(CONFIG, **{name: value}))
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_measuring_leaves_the_model_s_mode_alone(mode): # BUG: a part that was in another mode is switched
+def test_measuring_leaves_the_model_s_mode_alone(mode):
     model = deep().train(mode); model[1].eval()
     accuracy(model, Batches(images()), "fp32")
     assert model.training == mode and not model[1].training and model[3].training == mode

@@ -67,7 +67,7 @@ def test_crops_of_many_images_equal_torchvision(): # the CPU pads them in portio
 def test_affine_maps_equal_torchvision(mode, x, seed, angle, shear, translate, fill):
     t = RandomAffine(angle, (translate, translate/2), (.6, 1.5), shear, mode, fill)
     d = t.draw(x, gen(seed))
-    shift = d["translate"] # BUG: drawn as (2,B), where the contract of `draw` is that the first dimension is the batch
+    shift = d["translate"]
     assert shift.shape == (len(x), 2) and (shift == shift.round()).all()
     agree(t.transform(x, **d), torch.stack([
         sampled(tv.affine, i, float(d["angle"][k]), shift[k].tolist(), float(d["scale"][k]), [float(d["shear"][k]), 0.],
@@ -128,7 +128,7 @@ def test_flipping_twice_is_the_identity(t): x = batch(); assert torch.equal(t(t(
 
 @each
 @given(x=batches, seed=seeds, pick=st.lists(st.integers(0, 4), min_size=1, max_size=4))
-def test_images_do_not_depend_on_their_neighbours(t, x, seed, pick): # BUG: as above
+def test_images_do_not_depend_on_their_neighbours(t, x, seed, pick):
     index, drawn = torch.tensor(pick) % len(x), t.draw(x, gen(seed))
     assert all(len(v) == len(x) for v in drawn.values()), "the first dimension of all parameters is the batch"
     some = t.transform(x[index], **{k: v[index] for k, v in drawn.items()})
@@ -191,7 +191,7 @@ def test_affine_parameters_are_uniform(key, low, high):
     assert low <= v.min() and v.max() <= high and chisquare(torch.histc(v, 12, low, high)).pvalue > 1e-3
 
 def test_affine_shifts_are_whole_pixels_up_to_the_fraction():
-    x, y = RandomAffine(0, (.2, .5)).draw(batch(2000, 8, 20), gen())["translate"].T # BUG: as above
+    x, y = RandomAffine(0, (.2, .5)).draw(batch(2000, 8, 20), gen())["translate"].T
     assert set(x.tolist()) == set(range(-4, 5)) == set(y.tolist())
 
 
@@ -214,7 +214,7 @@ def test_a_transform_without_a_rule_says_so():
     (RandomGrayscale(.1), RandomGrayscale(.2)), (RandomGaussianBlur(5), RandomGaussianBlur(3)),
     (RandomGaussianBlur(sigma=(1, 2)), RandomGaussianBlur()),
     (RandomGaussianBlur(p=.1), RandomGaussianBlur(p=.2))], ids=str)
-# BUG: `fill` does not, so that runs which differ in it share a record and a checkpoint
+
 def test_every_setting_shows_in_the_description(a, b):
     assert describe(a) != describe(b) and describe(Compose(a)) != describe(Compose(b))
 
@@ -235,7 +235,7 @@ def test_every_setting_shows_in_the_description(a, b):
     *[("fill", lambda k=k, f=f: k(1, fill=f)) for k in (RandomAffine, RandomRotation) for f in (128, -.1, float("nan"))],
     *[("kernel_size", lambda k=k: RandomGaussianBlur(k)) for k in (0, 4, -3, 2.5)],
     *[("sigma", lambda s=s: RandomGaussianBlur(sigma=s)) for s in ((0, 1), (2, 1), 1., (.1, float("nan")))]])
-def test_a_bad_argument_is_named(argument, make): # BUG: floats for size, padding and kernel_size, a number for translate, any fill
+def test_a_bad_argument_is_named(argument, make):
     with pytest.raises(ValueError, match=argument): make()
 
 @each
