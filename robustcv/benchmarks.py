@@ -47,8 +47,8 @@ def line(measure:str, # what was measured
                 best_peer_ratio=round(ours/max(rate.values()), 3) if rate else None, floor=floor and round(floor, 1),
                 floor_ratio=floor and round(ours/floor, 3), n=rounds, device=device_name(pick_device("cpu")))
 
-# %% ../nbs/30_benchmarks.ipynb #0cb46af4
-def transforms(data, rounds=9):
+# %% ../nbs/30_benchmarks.ipynb #047c59c4
+def transforms(data, rounds=25):
     "Every transform of the library against kornia's counterpart, on 256 images."
     x = torch.rand(256, 3, 64, 64, generator=generator(0))
     affine = dict(degrees=20., translate=(.1, .1), scale=(.8, 1.2), shear=10.)

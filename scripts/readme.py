@@ -12,6 +12,7 @@ class Directives(Preprocessor):
     "Obey nbdev's directives; keep a cell's Markdown output where it has one."
 
     def preprocess(self, nb, resources):
+        nb.metadata["language_info"] = {"name": "python"}
         nb.cells = [c for c in nb.cells if not re.match(r"#\| *hide\b", c.source)]
         for c in nb.cells:
             if c.cell_type != "code":
