@@ -6,10 +6,10 @@
 __all__ = ['EXTENSIONS', 'ImageSet', 'take', 'subset', 'split', 'cache_folder', 'load_tiny_imagenet', 'load_folder', 'load_data',
            'Batch', 'Batches', 'show_images']
 
-# %% ../nbs/01_data.ipynb #08aedf3d
+# %% ../nbs/01_data.ipynb #78db230e
 import hashlib, io, json, multiprocessing, os, stat, sys, warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .core import atomic_path, generator
 from .download import download_tiny_imagenet
 
-# %% ../nbs/01_data.ipynb #5de4be3e
+# %% ../nbs/01_data.ipynb #c61b0027
 @dataclass(eq=False)
 class ImageSet:
     "Labelled images of one size, in memory or mapped from a cache file."
@@ -33,6 +33,7 @@ class ImageSet:
     boxes:Tensor|None = None # float32 (N,4): x0,y0,x1,y1 in [0,1]; zero area: no box known
     digests:Tensor|None = None # uint8 (N,8): hash of each image's source; of its pixels if not given
     name:str = "images" # for records and figures
+    synthetic:bool = False # drawn, not photographed: results are labelled so
 
     def __post_init__(self):
         _check_set(self.images, self.labels, self.classes, self.boxes)
@@ -64,13 +65,13 @@ def _check_set(x, y, classes, boxes):
     if boxes is not None and boxes.shape != (len(x), 4):
         raise ValueError(f"boxes: expected shape ({len(x)},4), got {tuple(boxes.shape)}")
 
-# %% ../nbs/01_data.ipynb #f24c4243
+# %% ../nbs/01_data.ipynb #843aa692
 def take(data:ImageSet, # a set
          index:Tensor, # (n,) positions
         ) -> ImageSet: # the images at these positions, in this order
     "Choose images by position."
     boxes = None if data.boxes is None else data.boxes[index]
-    return ImageSet(data.images[index], data.labels[index], data.classes, boxes, data.digests[index], data.name)
+    return replace(data, images=data.images[index], labels=data.labels[index], boxes=boxes, digests=data.digests[index])
 
 def subset(data:ImageSet, # a set
            classes:int|None=None, # keep this many classes, evenly spaced in the sorted list; None: all
@@ -85,7 +86,7 @@ def subset(data:ImageSet, # a set
     index = torch.cat([(data.labels == c).nonzero().flatten()[:per_class] for c in kept])
     new = take(data, index)
     renumber = torch.full((k,), -1).scatter_(0, torch.tensor(kept), torch.arange(len(kept)))
-    return ImageSet(new.images, renumber[new.labels], tuple(data.classes[c] for c in kept), new.boxes, new.digests, data.name)
+    return replace(new, labels=renumber[new.labels], classes=tuple(data.classes[c] for c in kept))
 
 def split(data:ImageSet, # a set
           fraction:float=0.2, # share of each class that goes to the second part
@@ -175,7 +176,7 @@ def _write_cache(path, source, size, workers):
         with open(part, "rb+") as f:
             for key, array in arrays.items(): f.seek(start[key]); f.write(np.ascontiguousarray(array).tobytes())
 
-# %% ../nbs/01_data.ipynb #db2b43d5
+# %% ../nbs/01_data.ipynb #67b35a36
 def _open_cache(path, name, root=None):
     "Map a cache file, if there is one and its source in `root` has not changed since; otherwise None."
     if not path.exists(): return None
@@ -184,11 +185,11 @@ def _open_cache(path, name, root=None):
             meta = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
             if root and not all(_stamp(root/p) == s for p, s in meta["stamp"].items()): return None
             t = {k: f.get_tensor(k) for k in f.keys()}
-        return ImageSet(t["images"], t["labels"], tuple(meta["classes"]), t.get("boxes"), t["digests"], name)
+        return ImageSet(t["images"], t["labels"], tuple(meta["classes"]), t.get("boxes"), t["digests"], name, meta["synthetic"])
     except (SafetensorError, ValueError, KeyError) as e: # ValueError: JSON, or parts that do not fit together
         warnings.warn(f"{path}: damaged cache file ({e}); decoding again", stacklevel=2); return None
 
-# %% ../nbs/01_data.ipynb #68906c39
+# %% ../nbs/01_data.ipynb #8649410a
 def _stamp(path):
     try: s = os.stat(path)
     except FileNotFoundError: return None
@@ -201,7 +202,7 @@ def cache_folder(cache=None) -> Path:
 def _load(scan, root, name, size=None, cache=None, rebuild=False, workers=None):
     "Open the cached set, or have `scan` list the source and decode it."
     if size is not None and not 8 <= size <= 4096: raise ValueError(f"size={size}: must be between 8 and 4096 pixels")
-    key = hashlib.blake2b(repr((str(root.resolve()), name, size, 1)).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(repr((str(root.resolve()), name, size, 2)).encode(), digest_size=8).hexdigest()
     path = cache_folder(cache)/f"{name.replace('/', '-')}-{key}.safetensors"
     data = None if rebuild else _open_cache(path, name, root)
     if data is not None: return data
@@ -237,7 +238,7 @@ def _fractions(boxes, width, height):
     b[whole, 2:] += 1; b[~whole, 2:] = b[~whole, :2]
     return (b / np.array([width, height]*2, np.float32)).clip(0, 1)
 
-# %% ../nbs/01_data.ipynb #e2b6de55
+# %% ../nbs/01_data.ipynb #731b6032
 def _scan_tiny(root, split):
     "List files, labels and boxes of one split, with names and stamps."
     wnids = sorted(w for w in (root/"wnids.txt").read_text().split() if w)
@@ -249,7 +250,7 @@ def _scan_tiny(root, split):
     rows, watched = (_rows_train if split == "train" else _rows_val)(root, wnids)
     if not rows: raise FileNotFoundError(f"{root/split}: no images; unpack the archive again")
     with Image.open(rows[0][0]) as im: width, height = im.size
-    meta = {"classes": names, "stamp": {str(p.relative_to(root)): _stamp(p) for p in (*watched, root/"wnids.txt")}}
+    meta = {"classes": names, "synthetic": (root/"synthetic.json").is_file(), "stamp": {str(p.relative_to(root)): _stamp(p) for p in (*watched, root/"wnids.txt")}}
     files, labels, boxes = zip(*rows, strict=True)
     return list(map(str, files)), np.array(labels, np.int64), _fractions(boxes, width, height), meta
 
@@ -288,7 +289,7 @@ def load_tiny_imagenet(root, # folder `tiny-imagenet-200`, or the one that holds
     root = _find_tiny(root)
     return _load(partial(_scan_tiny, root, split), root, f"{root.resolve().name}/{split}", size, cache, rebuild, workers)
 
-# %% ../nbs/01_data.ipynb #c503e91b
+# %% ../nbs/01_data.ipynb #b9b7a690
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 def _scan_folder(root):
@@ -303,7 +304,7 @@ def _scan_folder(root):
             files += new; labels += [label]*len(new)
         if len(files) == before:
             raise ValueError(f"{root/c}: class '{c}' has no image ({', '.join(sorted(EXTENSIONS))}); add some or remove the folder")
-    meta = {"classes": classes, "stamp": {str(p.relative_to(root)): _stamp(p) for p in watched}}
+    meta = {"classes": classes, "synthetic": False, "stamp": {str(p.relative_to(root)): _stamp(p) for p in watched}}
     return files, np.array(labels, np.int64), None, meta
 
 def load_folder(root, # folder with one sub-folder a class
@@ -313,7 +314,9 @@ def load_folder(root, # folder with one sub-folder a class
     "Any class-per-folder tree of images, decoded once."
     root = Path(root).expanduser()
     if not root.is_dir(): raise FileNotFoundError(f"{root}: no such folder; expected one with a sub-folder a class")
-    return _load(partial(_scan_folder, root), root, root.resolve().name, size, cache, rebuild, workers)
+    parts = root.resolve().parts
+    name = "/".join(parts[-2:]) if parts[-1] in ("train", "val", "valid", "validation") else parts[-1]
+    return _load(partial(_scan_folder, root), root, name, size, cache, rebuild, workers)
 
 # %% ../nbs/01_data.ipynb #461f29e9
 def load_data(path, # Tiny ImageNet, a folder with train/ and val/ (or valid/, validation/), or a class-per-folder tree

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .core import disk_errors
 
-# %% ../nbs/07_download.ipynb #0eca04ff
+# %% ../nbs/07_download.ipynb #86e27fd3
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_SIZE, TINY_MD5 = 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -25,7 +25,9 @@ def download(url:str, # where the file is
             ) -> Path: # `dest`, verified
     "Fetch a file, continuing a broken transfer, and verify its checksum."
     dest = Path(dest); part = dest.with_name(dest.name + ".part")
-    if dest.exists() and _md5(dest) == md5: return dest
+    if dest.exists():
+        if (found := _md5(dest)) == md5: return dest
+        raise ValueError(f"{dest}: is there, but its checksum is {found} instead of {md5}; remove or rename it and run again")
     dest.parent.mkdir(parents=True, exist_ok=True)
     left = tries
     while (have := part.stat().st_size if part.exists() else 0) < size:

@@ -49,7 +49,7 @@ def baseline() -> list[Run]:
 
 SECTIONS = {"baseline": baseline}
 
-# %% ../nbs/20_experiments.ipynb #271c8eff
+# %% ../nbs/20_experiments.ipynb #8db22ed2
 def scale_data(scale:Scale, # how much
                path=None, # see `load_data`; None: the synthetic set, for the scales that may use it
                **kwargs, # cache, workers
@@ -66,8 +66,7 @@ def scale_data(scale:Scale, # how much
 
 def describe_data(train:ImageSet, valid:ImageSet) -> dict:
     "What a record says of its images."
-    synthetic = train.name.startswith("synthetic-")
-    return dict(name="synthetic" if synthetic else train.name, synthetic=synthetic, fingerprint=f"{train.fingerprint}-{valid.fingerprint}",
+    return dict(name=train.name, synthetic=train.synthetic, fingerprint=f"{train.fingerprint}-{valid.fingerprint}",
                 classes=len(train.classes), train=len(train), valid=len(valid), pixels=train.images.shape[-1])
 
 # %% ../nbs/20_experiments.ipynb #c9d47804

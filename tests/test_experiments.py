@@ -1,6 +1,7 @@
 """Grids of runs: statistics from records, and runs that are resumed, recorded once and skipped."""
 import base64
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -84,10 +85,13 @@ def test_without_a_folder_the_synthetic_set_is_drawn_once(tmp_path):
     one, again = (scale_data(scale, cache=tmp_path) for _ in range(2))
     assert len(one[0]) == 4 and len(one[1]) == 2 and one[0].images.shape[2:] == (64, 64) and one[0].fingerprint == again[0].fingerprint
     about = describe_data(*one)
-    assert about["synthetic"] and (about["name"], about["classes"], about["train"], about["valid"]) == ("synthetic", 2, 4, 2)
+    assert about["synthetic"] and (about["name"], about["classes"], about["train"], about["valid"]) == ("synthetic-2x2+1/train", 2, 4, 2)
     assert about["fingerprint"] == f"{one[0].fingerprint}-{one[1].fingerprint}"
 
-def test_real_images_are_not_called_synthetic(tiny): assert not describe_data(*scale_data(SCALES["full"], tiny))["synthetic"]
+def test_real_images_are_not_called_synthetic(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path/"synthetic", ignore=shutil.ignore_patterns("synthetic.json"))
+    about = describe_data(*scale_data(SCALES["full"], tmp_path/"synthetic"/"train"))
+    assert not about["synthetic"] and about["name"] == "synthetic/train"
 
 
 # runs
@@ -177,3 +181,10 @@ def test_a_record_is_strict_json(go, tmp_path):
 def test_a_misspelt_name_is_answered_with_the_right_one(section, scale, said, tmp_path):
     with pytest.raises(ValueError, match=said): run_section(section, scale, results=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_drawn_images_are_labelled_wherever_they_lie(tmp_path):
+    from robustcv.synthetic import make_synthetic
+    root = make_synthetic(tmp_path / "photos", 4, 2, classes=2, size=64)
+    about = describe_data(*scale_data(SCALES["lite"], root))
+    assert about["synthetic"] and about["name"] == "photos/train"
