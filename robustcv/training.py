@@ -110,7 +110,7 @@ class Checkpoint:
         self.history, self.best = json.loads(state["history"]), state["best"]
         return len(self.history)
 
-# %% ../nbs/04_training.ipynb #acc680ca
+# %% ../nbs/04_training.ipynb #a7a01b13
 def _step(run, batch, gen):
     "One update; returns the loss, still on the device."
     if run.transform is not None: batch = replace(batch, images=run.transform(batch.images, gen))
@@ -133,7 +133,7 @@ def _epoch(run, epoch, check_every=50):
             raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {i}: lower the learning rate (lr={run.config.lr}) "
                                      f"or use precision='fp32'; {kept}")
     if not all(p.isfinite().all() for p in run.model.parameters()):
-        raise FloatingPointError(f"the weights are not finite after epoch {epoch + 1}: lower the learning rate (lr={run.config.lr})")
+        raise FloatingPointError(f"the weights are not finite after epoch {epoch + 1}: lower the learning rate (lr={run.config.lr}) or use precision='fp32'")
     seconds = time.perf_counter() - start
     return {"loss": loss/i, "seconds": round(seconds, 2), "images_per_second": round(i*run.config.batch_size/seconds, 1)}
 
