@@ -189,11 +189,13 @@ def _open_cache(path, name, root=None):
     except (SafetensorError, ValueError, KeyError) as e: # ValueError: JSON, or parts that do not fit together
         warnings.warn(f"{path}: damaged cache file ({e}); decoding again", stacklevel=2); return None
 
-# %% ../nbs/01_data.ipynb #8649410a
+# %% ../nbs/01_data.ipynb #7a449082
 def _stamp(path):
     try: s = os.stat(path)
     except FileNotFoundError: return None
     return [s.st_mtime_ns, 0 if stat.S_ISDIR(s.st_mode) else s.st_size]
+
+def _stamps(*paths): return {p: _stamp(p) for p in paths} # taken before a folder is read: a change in between shows later
 
 def cache_folder(cache=None) -> Path:
     "Where decoded sets are kept: the argument, `$ROBUSTCV_CACHE`, or `~/.cache/robustcv`."
@@ -238,7 +240,7 @@ def _fractions(boxes, width, height):
     b[whole, 2:] += 1; b[~whole, 2:] = b[~whole, :2]
     return (b / np.array([width, height]*2, np.float32)).clip(0, 1)
 
-# %% ../nbs/01_data.ipynb #731b6032
+# %% ../nbs/01_data.ipynb #e7906d24
 def _scan_tiny(root, split):
     "List files, labels and boxes of one split, with names and stamps."
     wnids = sorted(w for w in (root/"wnids.txt").read_text().split() if w)
@@ -247,32 +249,33 @@ def _scan_tiny(root, split):
         words = dict(l.split("\t", 1) for l in (root/"words.txt").read_text(encoding="utf-8", errors="replace").splitlines() if "\t" in l)
     names = [words.get(w, w).split(",")[0].strip() for w in wnids]
     names = [n if names.count(n) == 1 else f"{n} ({w})" for n, w in zip(names, wnids, strict=True)]
-    rows, watched = (_rows_train if split == "train" else _rows_val)(root, wnids)
+    rows, stamps = (_rows_train if split == "train" else _rows_val)(root, wnids)
     if not rows: raise FileNotFoundError(f"{root/split}: no images; unpack the archive again")
     with Image.open(rows[0][0]) as im: width, height = im.size
-    meta = {"classes": names, "synthetic": (root/"synthetic.json").is_file(), "stamp": {str(p.relative_to(root)): _stamp(p) for p in (*watched, root/"wnids.txt")}}
+    meta = {"classes": names, "synthetic": (root/"synthetic.json").is_file(), "stamp": {str(p.relative_to(root)): s for p, s in stamps.items()}}
     files, labels, boxes = zip(*rows, strict=True)
     return list(map(str, files)), np.array(labels, np.int64), _fractions(boxes, width, height), meta
 
 def _rows_train(root, wnids):
-    rows, watched = [], []
+    rows, stamps = [], _stamps(root/"wnids.txt")
     for label, w in enumerate(wnids):
         folder, file = root/"train"/w/"images", root/"train"/w/f"{w}_boxes.txt"
         if not folder.is_dir(): raise FileNotFoundError(f"{folder}: missing, though wnids.txt lists {w}; unpack the archive again")
-        boxes = _read_boxes(file, 5); watched += [folder, file]
+        stamps |= _stamps(folder, file); boxes = _read_boxes(file, 5)
         images = sorted((f for f in os.listdir(folder) if not f.startswith(".")), key=lambda f: (len(f), f)) # 0, 1, … 10, 11
         if not images: raise ValueError(f"{folder}: class {w} has no image; unpack the archive again or remove {w} from wnids.txt")
         rows += [(folder/f, label, boxes[f][0] if f in boxes else [0]*4) for f in images]
-    return rows, watched
+    return rows, stamps
 
 def _rows_val(root, wnids):
     file, folder = root/"val"/"val_annotations.txt", root/"val"/"images"
     if not folder.is_dir(): raise FileNotFoundError(f"{folder}: missing; unpack the archive again")
+    stamps = _stamps(root/"wnids.txt", file, folder)
     label, here, rows = {w: i for i, w in enumerate(wnids)}, set(os.listdir(folder)), []
     for f, (w, box) in _read_boxes(file, 6).items():
         if w not in label: raise ValueError(f"{file}: class {w} of {f} is not in wnids.txt")
         if f in here: rows.append((folder/f, label[w], box))
-    return rows, [file, folder]
+    return rows, stamps
 
 # %% ../nbs/01_data.ipynb #d1bc0a04
 def load_tiny_imagenet(root, # folder `tiny-imagenet-200`, or the one that holds it
@@ -289,22 +292,22 @@ def load_tiny_imagenet(root, # folder `tiny-imagenet-200`, or the one that holds
     root = _find_tiny(root)
     return _load(partial(_scan_tiny, root, split), root, f"{root.resolve().name}/{split}", size, cache, rebuild, workers)
 
-# %% ../nbs/01_data.ipynb #b9b7a690
+# %% ../nbs/01_data.ipynb #7b49b310
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 def _scan_folder(root):
     classes = sorted(d for d in os.listdir(root) if (root/d).is_dir() and not d.startswith("."))
     if not classes: raise FileNotFoundError(f"{root}: no class folders; expected one sub-folder a class, with the images in it")
-    files, labels, watched = [], [], [root]
+    files, labels, stamps = [], [], _stamps(*(Path(folder) for folder, _, _ in os.walk(root)))
     for label, c in enumerate(classes):
         before = len(files)
         for folder, subs, names in os.walk(root/c):
-            subs.sort(); watched.append(Path(folder))
+            subs.sort()
             new = [os.path.join(folder, f) for f in sorted(names) if os.path.splitext(f)[1].lower() in EXTENSIONS and not f.startswith(".")]
             files += new; labels += [label]*len(new)
         if len(files) == before:
             raise ValueError(f"{root/c}: class '{c}' has no image ({', '.join(sorted(EXTENSIONS))}); add some or remove the folder")
-    meta = {"classes": classes, "synthetic": False, "stamp": {str(p.relative_to(root)): _stamp(p) for p in watched}}
+    meta = {"classes": classes, "synthetic": False, "stamp": {str(p.relative_to(root)): s for p, s in stamps.items()}}
     return files, np.array(labels, np.int64), None, meta
 
 def load_folder(root, # folder with one sub-folder a class

@@ -72,14 +72,14 @@ def show_perturbations(images:Tensor, # uint8 (N,3,H,W), one row each
     titles = [f"{p.name}\n{'' if math.isnan(p.strength) else f'{p.strength:g}'}" for p in perturbations] + [""]*(len(cells)*(len(images) - 1))
     return show_images(torch.stack(cells, 1).flatten(0, 1), titles, columns=len(cells), size=0.9)
 
-# %% ../nbs/05_evaluation.ipynb #920d81f5
+# %% ../nbs/05_evaluation.ipynb #caf4a779
 class TrustWarning(UserWarning):
     "A reason not to believe an evaluation."
 
 def check_trust(model:nn.Module, # to be evaluated
                 images:Tensor, # a few images, (B,3,H,W) in [0,1]
                 labels:Tensor, # their labels
-               ):
+               ) -> int: # number of outputs
     "Warn of training mode, a random forward pass, vanishing gradients and probabilities in place of logits; refuse outputs that are not finite."
     warn = partial(warnings.warn, category=TrustWarning, stacklevel=3)
     if model.training: warn("the model is in training mode: it is measured in evaluation mode; call model.eval() to say that you mean it")
@@ -89,6 +89,8 @@ def check_trust(model:nn.Module, # to be evaluated
         x = images.clone().requires_grad_(True)
         out = model(x)
         if not out.isfinite().all(): raise ValueError("model: its outputs are not finite; the weights are damaged or the input is not in [0,1]")
+        if out.ndim != 2 or int(labels.max()) >= out.shape[1]:
+            raise ValueError(f"model: its output of shape {tuple(out.shape)} has no logit for label {int(labels.max())}")
         loss = nn.functional.cross_entropy(out.float(), labels, reduction="sum")
         grad = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
     with torch.no_grad(): again = model(images)
@@ -97,8 +99,9 @@ def check_trust(model:nn.Module, # to be evaluated
     if grad is None or (grad.flatten(1) == 0).all(1).any(): warn("the gradient with respect to some images is exactly zero: gradient attacks will look weaker than they are")
     if (out >= 0).all() and torch.allclose(out.sum(1), torch.ones(len(out), device=out.device), atol=1e-3):
         warn("the outputs are probabilities: attacks need logits, saturated probabilities have no gradient")
+    return out.shape[1]
 
-# %% ../nbs/05_evaluation.ipynb #22dafb4a
+# %% ../nbs/05_evaluation.ipynb #98b943d4
 COLUMNS = ["perturbation", "strength", "unit", "correct", "n", "accuracy", "low", "high", "seconds", "hits", "predicted"]
 
 def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
@@ -116,7 +119,8 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     model, batches = model.to(device), Batches(images, batch_size, device=device)
     first = next(iter(batches))
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []): check_trust(model, first.images[:8], first.labels[:8])
+        with torch.random.fork_rng([device] if device.type == "cuda" else []): outputs = check_trust(model, first.images[:8], first.labels[:8])
+        if outputs < len(images.classes): raise ValueError(f"model: has {outputs} outputs, {images.name} has {len(images.classes)} classes")
         model.eval().to(memory_format=torch.channels_last)
         rows = [_measure(model, batches, p, precision, seed) for p in perturbations]
     finally:

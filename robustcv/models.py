@@ -80,7 +80,7 @@ def _small_stem(net):
     nn.init.kaiming_normal_(net.get_submodule(old[0]).weight, mode="fan_out", nonlinearity="relu")
     return old[0] + ".weight"
 
-# %% ../nbs/03_models.ipynb #26d9f80e
+# %% ../nbs/03_models.ipynb #80d04827
 def _create(name, num_classes):
     "A network by its torchvision or timm name, with random weights."
     known = torchvision.models.list_models(module=torchvision.models)
@@ -111,7 +111,8 @@ def build_model(name:str, # "resnet18", "densenet121", any torchvision classifie
     if state is not None: _load_state(net, state, weights or f"pretrained {name}", may_miss=replaced)
     last = net.get_submodule(stages["head"][0])
     if last.out_features != num_classes: net.set_submodule(stages["head"][0], nn.Linear(last.in_features, num_classes))
-    return Classifier(net, stages, dict(name=name, num_classes=num_classes, stem=stem))
+    start = Path(weights).name if weights else "ImageNet" if pretrained else "scratch"
+    return Classifier(net, stages, dict(name=name, num_classes=num_classes, stem=stem, start=start))
 
 # %% ../nbs/03_models.ipynb #77e7de0d
 def _read_weights(path) -> dict:
@@ -166,7 +167,7 @@ def _pretrained_weights(name) -> dict:
         raise ConnectionError(f"cannot download {weights.url} ({e}); put that file at {file}, or pass weights=FILE, "
                               "or train from scratch with pretrained=False") from None
 
-# %% ../nbs/03_models.ipynb #9ead2c63
+# %% ../nbs/03_models.ipynb #5f1bac10
 def save_model(model:Classifier, # to save
                path, # .safetensors file
               ):
@@ -185,12 +186,12 @@ def load_model(path, # file written by `save_model`
         with safe_open(path, "pt") as f: config = json.loads((f.metadata() or {})["robustcv"])
     except (SafetensorError, json.JSONDecodeError, OSError) as e: raise ValueError(f"{path}: damaged or not a safetensors file ({e})") from None
     except KeyError: config = None
-    if not isinstance(config, dict) or config.keys() - {"size"} != {"name", "num_classes", "stem", "classes"}:
+    if not isinstance(config, dict) or config.keys() != {"name", "num_classes", "stem", "start", "classes", "size"}:
         raise ValueError(f"{path}: not a robustcv model; pass it to build_model(…, weights=FILE) instead")
-    classes, size = config.pop("classes"), config.pop("size", None)
-    model = build_model(**config)
+    classes = config["classes"]
+    model = build_model(config["name"], config["num_classes"], stem=config["stem"])
     _load_state(model.net, _read_weights(path), path)
-    model.classes, model.size = None if classes is None else tuple(classes), size
+    model.config["start"], model.classes, model.size = config["start"], None if classes is None else tuple(classes), config["size"]
     return model.to(device).eval()
 
 # %% ../nbs/03_models.ipynb #a562d722

@@ -252,3 +252,11 @@ def test_plots_show_what_is_in_the_table_and_name_what_is_not():
     with pytest.raises(ValueError, match="'fog' is not in the table of a"): plot_strength({"a": t}, "fog")
     with pytest.raises(ValueError, match="needs rows 'clean' and 'fog'"): plot_confusions(t, data, "fog")
     plt.close("all")
+
+
+def test_a_model_with_too_few_outputs_is_refused():
+    images = ImageSet(torch.zeros(12, 3, 8, 8, dtype=torch.uint8), torch.arange(12) % 6, tuple("abcdef"))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
+    with pytest.raises(ValueError, match="no logit for label 5"): evaluate(model, images, [])
+    sorted_set = ImageSet(images.images, images.labels.sort().values, images.classes)  # the first images alone would not show it
+    with pytest.raises(ValueError, match="has 4 outputs, images has 6 classes"): evaluate(model, sorted_set, [])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from robustcv.data import Batch, Batches, ImageSet, take
-from robustcv.models import build_model, load_model
+from robustcv.models import build_model, load_model, save_model
 from robustcv.training import Training, accuracy, autocast, cross_entropy, fit, plot_history
 from robustcv.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
@@ -294,3 +294,11 @@ def test_cross_entropy_is_torch_s():
     logits, y = torch.randn(5, K), torch.tensor([0, 1, 2, 1, 0])
     batch = Batch(torch.rand(5, 3, 8, 8), y, None, None)
     torch.testing.assert_close(cross_entropy(lambda x: logits, batch, label_smoothing=0), F.cross_entropy(logits, y))
+
+
+def test_a_folder_is_not_continued_from_other_initial_weights(tmp_path):
+    torch.manual_seed(0); first = build_model("resnet18", K)
+    save_model(first, tmp_path/"first.safetensors")
+    go = dict(train=images(), valid=images(12, 1), config=Training(epochs=1, batch_size=8, lr=.01, precision="fp32"), device="cpu", folder=tmp_path/"run")
+    fit(first, **go)
+    with pytest.raises(ValueError, match="other settings"): fit(build_model("resnet18", K, weights=tmp_path/"first.safetensors"), **go)
