@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'command', 'get', 'synthetic', 'info', 'train', 'evaluate_model', 'run', 'demo', 'main']
 
-# %% ../nbs/40_command_line.ipynb #b63f15ed
-import functools, json, sys, warnings
+# %% ../nbs/40_command_line.ipynb #1efffa17
+import functools, json, os, sys, warnings
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +22,7 @@ from .synthetic import make_synthetic
 from .training import Training, fit
 from .transforms import Compose, RandomCrop, RandomHorizontalFlip
 
-# %% ../nbs/40_command_line.ipynb #0d0b5b65
+# %% ../nbs/40_command_line.ipynb #3499db3a
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Image classifiers that keep working in the real world: train, perturb, measure, compare.")
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Fetch, make or inspect image sets.")
@@ -42,6 +42,8 @@ def command(group, name=None):
             try: return f(*args, **kwargs)
             except KeyboardInterrupt:
                 print("\nstopped; run the same command again to continue", file=sys.stderr); raise typer.Exit(130) from None
+            except BrokenPipeError: # the reader, such as `head`, has seen enough
+                sys.stdout = open(os.devnull, "w"); raise typer.Exit(0) from None
             except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as e:
                 if _debug: raise
                 print(f"error: {e}", file=sys.stderr); raise typer.Exit(1) from None

@@ -55,17 +55,17 @@ class Classifier(nn.Module):
             for m in self.stage(s): m.eval()
         return self
 
-# %% ../nbs/03_models.ipynb #9681ff7c
+# %% ../nbs/03_models.ipynb #a4a1aa43
 def _stages(net):
-    "Stage names and module paths of a network; `body` and `head` for unknown families."
+    "Stage names and module paths of a network; `body` and `head` for unknown families, `body` alone where no linear layer ends them."
     linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
-    if isinstance(net, torchvision.models.ResNet):
+    if all(hasattr(net, n) for n in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")): # torchvision's and timm's ResNets
         return {"stem": ["conv1", "bn1"], **{f"layer{i}": [f"layer{i}"] for i in range(1, 5)}, "head": ["fc"]}
     if isinstance(net, torchvision.models.DenseNet):
         last = {1: "transition1", 2: "transition2", 3: "transition3", 4: "norm5"}
         blocks = {f"layer{i}": [f"features.denseblock{i}", f"features.{last[i]}"] for i in range(1, 5)}
         return {"stem": ["features.conv0", "features.norm0"], **blocks, "head": ["classifier"]}
-    if not linear: raise ValueError(f"{type(net).__name__} has no linear layer to classify with; choose a classification model")
+    if not linear: return {"body": [n for n, _ in net.named_children()]}
     head = linear[-1]
     body = [n for n, m in net.named_modules() if n and "." not in n and not (head + ".").startswith(n + ".")]
     inside = [f"{head.rpartition('.')[0]}.{n}" for n, _ in net.get_submodule(head.rpartition(".")[0]).named_children()] if "." in head else []
@@ -80,7 +80,7 @@ def _small_stem(net):
     nn.init.kaiming_normal_(net.get_submodule(old[0]).weight, mode="fan_out", nonlinearity="relu")
     return old[0] + ".weight"
 
-# %% ../nbs/03_models.ipynb #80d04827
+# %% ../nbs/03_models.ipynb #6c2291a6
 def _create(name, num_classes):
     "A network by its torchvision or timm name, with random weights."
     known = torchvision.models.list_models(module=torchvision.models)
@@ -105,12 +105,12 @@ def build_model(name:str, # "resnet18", "densenet121", any torchvision classifie
     net = _create(name, num_classes)
     stages = _stages(net)
     if state is not None:
-        head = stages["head"][0] + ".weight"
+        head = stages["head"][0] + ".weight" if "head" in stages else None
         if head in state and len(state[head]) != num_classes: net = _create(name, len(state[head]))
     replaced = _small_stem(net) if stem == "small" else None
     if state is not None: _load_state(net, state, weights or f"pretrained {name}", may_miss=replaced)
-    last = net.get_submodule(stages["head"][0])
-    if last.out_features != num_classes: net.set_submodule(stages["head"][0], nn.Linear(last.in_features, num_classes))
+    last = net.get_submodule(stages["head"][0]) if "head" in stages else None
+    if last and last.out_features != num_classes: net.set_submodule(stages["head"][0], nn.Linear(last.in_features, num_classes))
     start = Path(weights).name if weights else "ImageNet" if pretrained else "scratch"
     return Classifier(net, stages, dict(name=name, num_classes=num_classes, stem=stem, start=start))
 

@@ -58,8 +58,7 @@ def test_the_small_stem_keeps_the_image_s_size(name, side):
     assert sizes == {"imagenet": side, "small": 32} and first_conv(model).kernel_size == (3, 3)
 
 @pytest.mark.parametrize("kwargs, said", [({"name": "resnet19"}, "did you mean 'resnet1"), ({"num_classes": 1}, "num_classes=1"),
-    ({"stem": "tiny"}, "unknown stem 'tiny'"), ({"name": "vgg11", "stem": "small"}, "known for ResNets and DenseNets, not for VGG"),
-    ({"name": "squeezenet1_0"}, "no linear layer")])
+    ({"stem": "tiny"}, "unknown stem 'tiny'"), ({"name": "vgg11", "stem": "small"}, "known for ResNets and DenseNets, not for VGG")])
 def test_building_refuses(kwargs, said):
     with pytest.raises(ValueError, match=said): build_model(**{"name": "resnet18", "num_classes": 5, **kwargs})
 
@@ -281,3 +280,9 @@ def test_without_a_network_the_error_says_where_to_put_the_file(hub, tmp_path):
 
 def test_pretrained_is_for_known_names(hub):
     with pytest.raises(ValueError, match="unknown model"): build_model("resnet19", 5, pretrained=True)
+
+
+def test_a_network_without_a_linear_layer_has_a_body_only():
+    model = build_model("squeezenet1_1", 5)
+    assert list(model.stages) == ["body"] and model.eval()(torch.rand(2, 3, 64, 64)).shape == (2, 5)
+    with pytest.raises(ValueError, match="unknown stage of squeezenet1_1 'head'"): model.freeze_below("head")
