@@ -81,7 +81,7 @@ def normalized(strength:float, # a radius or standard deviation in normalised un
     "Translate a strength from normalised units to pixel units."
     return strength * torch.tensor(std).view(-1, 1, 1)
 
-# %% ../nbs/00_core.ipynb #53d43b21
+# %% ../nbs/00_core.ipynb #e52446e4
 @dataclass(frozen=True)
 class Scale:
     "How much data and training a run gets."
@@ -97,7 +97,7 @@ class Scale:
 SCALES = {s.name: s for s in (
     Scale("smoke", 4, 40, 20, 2, 16, 0.02, (0,)),
     Scale("demo", 10, 200, 50, 10, 64, 0.1, (0,)),
-    Scale("lite", 20, 300, 50, 15, 64, 0.1, (0, 1)),
+    Scale("lite", 20, 300, 50, 15, 64, 0.1, (0, 1, 2)),
     Scale("full", None, None, None, 30, 128, 0.1, (0, 1, 2)))}
 
 # %% ../nbs/00_core.ipynb #e54c6780
@@ -172,7 +172,7 @@ def library_versions() -> dict: # package name to version
         except PackageNotFoundError: return "unknown"
     return dict(python=platform.python_version(), **{n: of(n) for n in ("robustcv", "torch", "torchvision", "numpy", "accelerate")})
 
-# %% ../nbs/00_core.ipynb #a997161e
+# %% ../nbs/00_core.ipynb #7217c6a1
 def make_record(section:str, # section of the library
                 name:str, # name of the run within its section
                 scale:str, # name of the scale
@@ -188,6 +188,7 @@ def make_record(section:str, # section of the library
                 config=config, seed=seed, data=data, commit=git_commit(), versions=library_versions(), device=device_name(device),
                 seconds=round(seconds, 2), time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), metrics=metrics)
 
+# %% ../nbs/00_core.ipynb #935480a0
 def check_record(record, # what a line of a record file held
                  where="record", # file and line, for the message
                 ) -> dict: # the record

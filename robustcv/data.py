@@ -65,7 +65,7 @@ def _check_set(x, y, classes, boxes):
     if boxes is not None and boxes.shape != (len(x), 4):
         raise ValueError(f"boxes: expected shape ({len(x)},4), got {tuple(boxes.shape)}")
 
-# %% ../nbs/01_data.ipynb #843aa692
+# %% ../nbs/01_data.ipynb #9bb25e7c
 def take(data:ImageSet, # a set
          index:Tensor, # (n,) positions
         ) -> ImageSet: # the images at these positions, in this order
@@ -88,6 +88,7 @@ def subset(data:ImageSet, # a set
     renumber = torch.full((k,), -1).scatter_(0, torch.tensor(kept), torch.arange(len(kept)))
     return replace(new, labels=renumber[new.labels], classes=tuple(data.classes[c] for c in kept))
 
+# %% ../nbs/01_data.ipynb #1f5b8376
 def split(data:ImageSet, # a set
           fraction:float=0.2, # share of each class that goes to the second part
           seed:int=0, # of the random choice
@@ -240,7 +241,7 @@ def _fractions(boxes, width, height):
     b[whole, 2:] += 1; b[~whole, 2:] = b[~whole, :2]
     return (b / np.array([width, height]*2, np.float32)).clip(0, 1)
 
-# %% ../nbs/01_data.ipynb #e7906d24
+# %% ../nbs/01_data.ipynb #d00abc2d
 def _scan_tiny(root, split):
     "List files, labels and boxes of one split, with names and stamps."
     wnids = sorted(w for w in (root/"wnids.txt").read_text().split() if w)
@@ -256,6 +257,7 @@ def _scan_tiny(root, split):
     files, labels, boxes = zip(*rows, strict=True)
     return list(map(str, files)), np.array(labels, np.int64), _fractions(boxes, width, height), meta
 
+# %% ../nbs/01_data.ipynb #2ebbc32c
 def _rows_train(root, wnids):
     rows, stamps = [], _stamps(root/"wnids.txt")
     for label, w in enumerate(wnids):
@@ -343,7 +345,7 @@ def load_data(path, # Tiny ImageNet, a folder with train/ and val/ (or valid/, v
             return pair
     return split(load_folder(path, size, **kwargs), fraction)
 
-# %% ../nbs/01_data.ipynb #88596f34
+# %% ../nbs/01_data.ipynb #aed1da9c
 @dataclass
 class Batch:
     "What a model is trained or measured on in one step."
@@ -352,6 +354,7 @@ class Batch:
     boxes:Tensor|None # float32 (B,4), see `ImageSet`
     index:Tensor # int64 (B,): positions in the set
 
+# %% ../nbs/01_data.ipynb #d21a1691
 class Batches:
     "Serve an `ImageSet` in float batches on a device, in an order fixed by seed and epoch."
     def __init__(self,

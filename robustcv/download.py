@@ -59,7 +59,7 @@ def _fetch(url, part, have, size):
                 if f.tell() + len(chunk) > size: f.truncate(0); raise OSError(f"more than the expected {size:,} bytes arrived")
                 f.write(chunk); bar.update(len(chunk))
 
-# %% ../nbs/07_download.ipynb #e8bb4dc3
+# %% ../nbs/07_download.ipynb #5ed5718b
 def unpack_zip(archive, # zip file
                dest, # folder to create; must not exist
                top:str, # the archive's one top folder, which becomes `dest`
@@ -78,6 +78,7 @@ def unpack_zip(archive, # zip file
         z.extractall(tmp)
         os.rename(Path(tmp)/top, dest)
 
+# %% ../nbs/07_download.ipynb #27898915
 def download_tiny_imagenet(root, # folder to put `tiny-imagenet-200` into
                            url:str=TINY_URL, size:int=TINY_SIZE, md5:str=TINY_MD5, # the official archive
                           ) -> Path: # the unpacked folder

@@ -101,7 +101,7 @@ def check_trust(model:nn.Module, # to be evaluated
         warn("the outputs are probabilities: attacks need logits, saturated probabilities have no gradient")
     return out.shape[1]
 
-# %% ../nbs/05_evaluation.ipynb #98b943d4
+# %% ../nbs/05_evaluation.ipynb #83541989
 COLUMNS = ["perturbation", "strength", "unit", "correct", "n", "accuracy", "low", "high", "seconds", "hits", "predicted"]
 
 def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
@@ -127,6 +127,7 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
         for m, was in mode.items(): m.training = was
     return pd.DataFrame(rows, columns=COLUMNS)
 
+# %% ../nbs/05_evaluation.ipynb #14183bf3
 def _measure(model, batches, perturbation, precision, seed):
     "One row of the table."
     start, predicted, device, p = time.perf_counter(), [], batches.device, perturbation
@@ -180,7 +181,7 @@ def unpack(rows:list) -> pd.DataFrame: # as `evaluate` gave it, without `predict
         out.append([r["perturbation"], strength, r["unit"], r["correct"], r["n"], 100*r["correct"]/r["n"], 100*low, 100*high, r["seconds"], hits])
     return pd.DataFrame(out, columns=COLUMNS[:-1])
 
-# %% ../nbs/05_evaluation.ipynb #5f9b94cd
+# %% ../nbs/05_evaluation.ipynb #5bd3139f
 def plot_bars(tables:dict, # name to an evaluation
               ax=None, # matplotlib axes; None: new ones
              ): # the axes
@@ -198,6 +199,7 @@ def plot_bars(tables:dict, # name to an evaluation
     ax.grid(False, axis="x"); ax.legend(loc="upper right", ncols=len(tables), fontsize=8)
     return ax
 
+# %% ../nbs/05_evaluation.ipynb #eac1d03b
 def plot_strength(tables:dict, # name to an evaluation
                   perturbation:str, # which one, e.g. "noise"
                   ax=None, # matplotlib axes; None: new ones

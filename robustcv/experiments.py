@@ -69,7 +69,7 @@ def describe_data(train:ImageSet, valid:ImageSet) -> dict:
     return dict(name=train.name, synthetic=train.synthetic, fingerprint=f"{train.fingerprint}-{valid.fingerprint}",
                 classes=len(train.classes), train=len(train), valid=len(valid), pixels=train.images.shape[-1])
 
-# %% ../nbs/20_experiments.ipynb #c9d47804
+# %% ../nbs/20_experiments.ipynb #b5f899f5
 def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, device, folder) -> dict: # metrics of the record
     "Train and measure one run; its checkpoints and its model stay in `folder`."
     seed_everything(derive_seed(seed, "weights"))
@@ -82,6 +82,7 @@ def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, de
                 valid_accuracy=history.valid_accuracy.iloc[-1], images_per_second=history.images_per_second.median(),
                 filters=dict(shape=filters.shape, float16=base64.b64encode(filters.astype("<f2").tobytes()).decode()))
 
+# %% ../nbs/20_experiments.ipynb #9f8a4ed5
 def run_section(section:str, # one of `SECTIONS`
                 scale:str="demo", # one of `SCALES`
                 data=None, # folder of images, see `load_data`; None: synthetic, for smoke and demo
@@ -110,7 +111,7 @@ def run_section(section:str, # one of `SECTIONS`
         say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {time.perf_counter() - start:.0f} s")
     return [r for r in load_records(file) if r["id"] in wanted]
 
-# %% ../nbs/20_experiments.ipynb #1506ecb1
+# %% ../nbs/20_experiments.ipynb #4dddd35b
 def one_setting(records:list) -> list:
     "The records, if all are of one scale and one data set; a `ValueError` otherwise."
     if not records: raise ValueError("no records: run the section first, e.g. `robustcv run baseline`")
@@ -130,6 +131,7 @@ def table(records:list, # of one scale and data set
     pm = lambda v: f"{np.mean(v):.1f} ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else f"{v[0]:.1f}"
     return pd.DataFrame([{"model": n, "seeds": len(v), **{k: pm(c) for k, c in zip(names, zip(*v, strict=True), strict=True)}} for n, v in rows.items()])
 
+# %% ../nbs/20_experiments.ipynb #3112978f
 def caption(records:list) -> str:
     "One line that says what a table or figure of these records rests on."
     r, d = one_setting(records)[0], records[0]["data"]

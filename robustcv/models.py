@@ -80,7 +80,7 @@ def _small_stem(net):
     nn.init.kaiming_normal_(net.get_submodule(old[0]).weight, mode="fan_out", nonlinearity="relu")
     return old[0] + ".weight"
 
-# %% ../nbs/03_models.ipynb #6c2291a6
+# %% ../nbs/03_models.ipynb #fd5b3759
 def _create(name, num_classes):
     "A network by its torchvision or timm name, with random weights."
     known = torchvision.models.list_models(module=torchvision.models)
@@ -92,6 +92,7 @@ def _create(name, num_classes):
     if not timm.is_model(name): choose("model", name, [*known, *timm.list_models()])
     return timm.create_model(name, pretrained=False, num_classes=num_classes)
 
+# %% ../nbs/03_models.ipynb #39b73460
 def build_model(name:str, # "resnet18", "densenet121", any torchvision classifier, any timm name where timm is installed
                 num_classes:int, # K
                 pretrained:bool=False, # start from torchvision's ImageNet weights
@@ -167,7 +168,7 @@ def _pretrained_weights(name) -> dict:
         raise ConnectionError(f"cannot download {weights.url} ({e}); put that file at {file}, or pass weights=FILE, "
                               "or train from scratch with pretrained=False") from None
 
-# %% ../nbs/03_models.ipynb #5f1bac10
+# %% ../nbs/03_models.ipynb #a89e8a42
 def save_model(model:Classifier, # to save
                path, # .safetensors file
               ):
@@ -176,6 +177,7 @@ def save_model(model:Classifier, # to save
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.net.state_dict().items()}
     with atomic_path(path) as part: part.write_bytes(save(tensors, meta))
 
+# %% ../nbs/03_models.ipynb #d01b69fa
 def load_model(path, # file written by `save_model`
                device="cpu", # where the model goes
               ) -> Classifier: # in evaluation mode

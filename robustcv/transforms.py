@@ -129,7 +129,7 @@ def _crop_gather(x, top, left, size, padding, mode):
         x = x.gather(dim, index.view(len(x), 1, *((n, 1) if dim == 2 else (1, n))).expand(shape))
     return x if mode == "reflect" else torch.where(inside, x, 0.)
 
-# %% ../nbs/02_transforms.ipynb #19726ac8
+# %% ../nbs/02_transforms.ipynb #940d67f4
 def affine(x:Tensor, # (B,3,H,W)
            angle:Tensor|float=0., # (B,) degrees, clockwise
            translate:tuple=(0., 0.), # pixels to the right and down, each a number or (B,)
@@ -148,6 +148,7 @@ def affine(x:Tensor, # (B,3,H,W)
     out = F.grid_sample(x - fill if fill else x, _grid(rows.to(x.dtype), h, w), mode=interpolation, padding_mode="zeros", align_corners=False)
     return out + fill if fill else out
 
+# %% ../nbs/02_transforms.ipynb #523db69e
 def _grid(rows, h, w):
     "F.affine_grid(rows, (B,C,h,w), align_corners=False) as a sum of a column term and a row term: a fifth of its time."
     centres = lambda n: (torch.arange(n, device=rows.device, dtype=rows.dtype) + .5)*2/n - 1
@@ -231,7 +232,7 @@ class RandomGrayscale(Transform):
 
     def extra_repr(self): return f"p={self.p}"
 
-# %% ../nbs/02_transforms.ipynb #831f1842
+# %% ../nbs/02_transforms.ipynb #3013f8bf
 class RandomGaussianBlur(Transform):
     "Blur with a Gaussian of random width with probability `p`."
     def __init__(self,
@@ -254,6 +255,7 @@ class RandomGaussianBlur(Transform):
 
     def extra_repr(self): return f"kernel_size={self.kernel_size}, sigma={self.sigma}, p={self.p}"
 
+# %% ../nbs/02_transforms.ipynb #67f41980
 def gaussian_blur(x:Tensor, # (B,3,H,W)
                   sigma:Tensor, # (B,) standard deviation, pixels
                   kernel_size:int=5, # odd, pixels; less than twice the image
