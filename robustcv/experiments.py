@@ -6,7 +6,7 @@
 __all__ = ['SECTIONS', 'Run', 'baseline', 'scale_data', 'describe_data', 'train_run', 'run_section', 'one_setting', 'table',
            'caption', 'markdown', 'pool', 'by_name', 'filters', 'draw_figures']
 
-# %% ../nbs/20_experiments.ipynb #7b3b0ac5
+# %% ../nbs/20_experiments.ipynb #44a4cab4
 import base64, time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import norm
 
 from .core import (SCALES, Scale, append_record, choose, derive_seed, describe, load_records, make_record, pick_device, run_id,
                            seed_everything, set_style)
@@ -145,15 +146,18 @@ def markdown(frame:pd.DataFrame) -> str:
     rows = [frame.columns, ["---"]*len(frame.columns), *frame.itertuples(index=False)]
     return "\n".join("| " + " | ".join(str(c) for c in r) + " |" for r in rows)
 
-# %% ../nbs/20_experiments.ipynb #0b2dbe3f
-def pool(records:list) -> pd.DataFrame:
-    "The evaluation of one run's seeds as one table: counts added over the seeds, intervals of the sum."
-    tables = [r["metrics"]["evaluation"] for r in one_setting(records)]
-    return unpack([{**same[0], "correct": sum(e["correct"] for e in same), "n": sum(e["n"] for e in same),
-                    "hits": base64.b64encode(np.packbits(np.concatenate([_bits(e) for e in same])).tobytes()).decode()}
-                   for same in zip(*tables, strict=True)])
-
-def _bits(e): return np.unpackbits(np.frombuffer(base64.b64decode(e["hits"]), np.uint8), count=e["n"])
+# %% ../nbs/20_experiments.ipynb #8b029ddb
+def pool(records:list, # of one run, one a seed
+        ) -> pd.DataFrame: # as `evaluate` gives it; `correct` is the mean count, `hits` the share of seeds that have an image right
+    "One run's evaluations averaged over its seeds, with 95 % intervals over the images."
+    tables = [unpack(r["metrics"]["evaluation"]) for r in one_setting(records)]
+    pooled = tables[0].copy()
+    if len(tables) == 1: return pooled
+    shares = [np.mean(same, 0) for same in zip(*(t.hits for t in tables), strict=True)]
+    mean, half = np.array([s.mean() for s in shares]), np.array([norm.ppf(.975)*s.std(ddof=1)/len(s)**.5 for s in shares])
+    pooled["hits"], pooled["correct"], pooled["accuracy"] = shares, mean*pooled.n, 100*mean
+    pooled["low"], pooled["high"] = 100*(mean - half).clip(0), 100*(mean + half).clip(max=1)
+    return pooled
 
 def by_name(records:list) -> dict:
     "Records grouped by the name of their run."

@@ -1,6 +1,7 @@
 """Grids of runs: statistics from records, and runs that are resumed, recorded once and skipped."""
 import base64
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -8,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import norm
 
 from robustcv import experiments
 from robustcv.core import SCALES, append_record, load_records
 from robustcv.data import load_tiny_imagenet
-from robustcv.evaluation import COLUMNS, standard_perturbations, wilson
+from robustcv.evaluation import COLUMNS, standard_perturbations, unpack
 from robustcv.experiments import (Run, baseline, by_name, caption, describe_data, draw_figures, filters, one_setting, pool,
                                   run_section, scale_data, table)
 from robustcv.models import load_model
@@ -54,11 +56,19 @@ def test_the_table_gives_mean_and_deviation_over_seeds():
                                            "noise 0.15": "25.0 ± 35.4"}
     assert rows.loc["flip"].to_dict() == {"seeds": 1, "training": "80.0", "clean": "50.0", "noise 0.15": "100.0"}
 
-def test_pooling_adds_counts():
-    rows = pool([record(), record(seed=1, hits=(1, 1, 1))])
-    assert list(rows) == COLUMNS[:-1] and rows.correct.tolist() == [8, 2] and rows.n.tolist() == [13, 4]
-    assert rows.hits[0].tolist() == [bool(h) for h in (1, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1)]
-    assert (rows.low[0]/100, rows.high[0]/100) == pytest.approx(wilson(8, 13))
+def test_pooling_averages_seeds_and_takes_the_images_as_the_sample():
+    one, two = unpack(record()["metrics"]["evaluation"]), [record(), record(seed=1)]
+    rows = pool(two)  # a second seed that agrees on every image adds no information
+    assert list(rows) == COLUMNS[:-1] and rows.n.equals(one.n) and np.allclose(rows.correct, one.correct)
+    m, n = one.hits[0].mean(), one.n[0]
+    half = norm.ppf(.975)*math.sqrt(m*(1 - m)/(n - 1))
+    assert (rows.low[0]/100, rows.high[0]/100) == pytest.approx((max(0, m - half), min(1, m + half)))
+    pd.testing.assert_frame_equal(pool([record()]), one)
+
+def test_pooled_hits_are_the_share_of_seeds():
+    flipped = [1 - int(h) for h in unpack(record()["metrics"]["evaluation"]).hits[0]]
+    rows = pool([record(), record(seed=1, hits=flipped)])
+    assert rows.hits[0].tolist() == [.5]*len(flipped) and rows.accuracy[0] == 50 and rows.low[0] == rows.high[0] == 50
 
 def test_the_caption_says_what_a_figure_rests_on():
     said = caption([record(), record(seed=1)])
