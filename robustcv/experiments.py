@@ -6,8 +6,9 @@
 __all__ = ['SECTIONS', 'Run', 'baseline', 'scale_data', 'describe_data', 'train_run', 'run_section', 'one_setting', 'table',
            'caption', 'markdown', 'pool', 'by_name', 'filters', 'draw_figures']
 
-# %% ../nbs/20_experiments.ipynb #44a4cab4
+# %% ../nbs/20_experiments.ipynb #6e0ac2e8
 import base64, time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -70,7 +71,7 @@ def describe_data(train:ImageSet, valid:ImageSet) -> dict:
     return dict(name=train.name, synthetic=train.synthetic, fingerprint=f"{train.fingerprint}-{valid.fingerprint}",
                 classes=len(train.classes), train=len(train), valid=len(valid), pixels=train.images.shape[-1])
 
-# %% ../nbs/20_experiments.ipynb #b5f899f5
+# %% ../nbs/20_experiments.ipynb #839e52ac
 def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, device, folder) -> dict: # metrics of the record
     "Train and measure one run; its checkpoints and its model stay in `folder`."
     seed_everything(derive_seed(seed, "weights"))
@@ -78,9 +79,10 @@ def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, de
     history = fit(model, train, valid, run.objective, run.transform, run.settings(scale), seed, device, folder)
     save_model(model, Path(folder)/"model.safetensors")
     table = evaluate(model, valid, seed=seed, device=device)
+    kept = history.iloc[-1] if run.settings(scale).keep == "last" else history.loc[history.valid_accuracy.idxmax()] # the weights measured here
     filters = first_conv(model).weight.detach().float().cpu().numpy()
-    return dict(history=history.to_dict("records"), evaluation=pack(table), train_accuracy=history.train_accuracy.iloc[-1],
-                valid_accuracy=history.valid_accuracy.iloc[-1], images_per_second=history.images_per_second.median(),
+    return dict(history=history.to_dict("records"), evaluation=pack(table), train_accuracy=kept.train_accuracy,
+                valid_accuracy=kept.valid_accuracy, images_per_second=history.images_per_second.median(),
                 filters=dict(shape=filters.shape, float16=base64.b64encode(filters.astype("<f2").tobytes()).decode()))
 
 # %% ../nbs/20_experiments.ipynb #9f8a4ed5
@@ -112,12 +114,14 @@ def run_section(section:str, # one of `SECTIONS`
         say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {time.perf_counter() - start:.0f} s")
     return [r for r in load_records(file) if r["id"] in wanted]
 
-# %% ../nbs/20_experiments.ipynb #4dddd35b
+# %% ../nbs/20_experiments.ipynb #dbb12caa
 def one_setting(records:list) -> list:
-    "The records, if all are of one scale and one data set; a `ValueError` otherwise."
+    "The records, if all are of one scale and one data set, and one a run and seed; a `ValueError` otherwise."
     if not records: raise ValueError("no records: run the section first, e.g. `robustcv run baseline`")
     kinds = {(r["scale"], r["data"]["fingerprint"]) for r in records}
     if len(kinds) > 1: raise ValueError(f"records of {len(kinds)} settings cannot share a statistic: {sorted(kinds)}; choose one scale and data set")
+    twice = [k for k, n in Counter((r["section"], r["name"], r["seed"]) for r in records).items() if n > 1]
+    if twice: raise ValueError(f"run '{twice[0][1]}', seed {twice[0][2]}, is on record with several settings; choose the records of one")
     return records
 
 def table(records:list, # of one scale and data set

@@ -115,7 +115,7 @@ def build_model(name:str, # "resnet18", "densenet121", any torchvision classifie
     start = Path(weights).name if weights else "ImageNet" if pretrained else "scratch"
     return Classifier(net, stages, dict(name=name, num_classes=num_classes, stem=stem, start=start))
 
-# %% ../nbs/03_models.ipynb #77e7de0d
+# %% ../nbs/03_models.ipynb #1f192705
 def _read_weights(path) -> dict:
     "Tensors by name from a .safetensors or torch file, executing nothing."
     path = Path(path).expanduser()
@@ -130,7 +130,11 @@ def _read_weights(path) -> dict:
         raise ValueError(f"{path}: refused, it holds more than tensors or is damaged ({str(e).splitlines()[0][:120]})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: expected a dictionary of tensors (a state_dict)")
-    return {k.removeprefix("net."): v for k, v in state.items()}
+    return _modern_names({k.removeprefix("net."): v for k, v in state.items()})
+
+def _modern_names(state):
+    "torchvision's DenseNet files say `norm.1` where its networks say `norm1`."
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", k): v for k, v in state.items()}
 
 def _load_state(net, state, source, may_miss=None):
     "Load all tensors, or raise a `ValueError` that says what does not fit; `net` is unchanged then."
@@ -146,11 +150,7 @@ def _load_state(net, state, source, may_miss=None):
     if bad: raise ValueError(f"{source}: {bad[0]} holds values that are not finite")
     net.load_state_dict(state, strict=False)
 
-# %% ../nbs/03_models.ipynb #249e19df
-def _modern_names(state):
-    "torchvision's DenseNet files say `norm.1` where its networks say `norm1`."
-    return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", k): v for k, v in state.items()}
-
+# %% ../nbs/03_models.ipynb #cb819c44
 def _pretrained_weights(name) -> dict:
     "torchvision's default ImageNet weights, from the hub's cache or its official server, hash checked."
     if name not in torchvision.models.list_models(module=torchvision.models): _create(name, 2); raise ValueError(
@@ -162,7 +162,7 @@ def _pretrained_weights(name) -> dict:
         with open(file, "rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
         wanted = file.stem.rpartition("-")[2]
         if not found.startswith(wanted): raise ValueError(f"{file}: its hash begins with {found[:8]} instead of {wanted}: remove it and run again")
-        return _modern_names(_read_weights(file))
+        return _read_weights(file)
     try: return _modern_names(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
     except (urllib.error.URLError, OSError) as e:
         raise ConnectionError(f"cannot download {weights.url} ({e}); put that file at {file}, or pass weights=FILE, "

@@ -198,3 +198,17 @@ def test_drawn_images_are_labelled_wherever_they_lie(tmp_path):
     root = make_synthetic(tmp_path / "photos", 4, 2, classes=2, size=64)
     about = describe_data(*scale_data(SCALES["lite"], root))
     assert about["synthetic"] and about["name"] == "photos/train"
+
+
+def test_two_settings_of_one_run_do_not_count_as_seeds():
+    again = {**record(), "id": "other"}
+    for statistic in (table, pool, caption):
+        with pytest.raises(ValueError, match="run 'plain', seed 0, is on record with several settings"): statistic([record(), again])
+
+
+def test_a_run_that_keeps_its_best_weights_records_their_accuracy(tmp_path, tiny):
+    scale = replace(SCALES["smoke"], classes=None, train_per_class=None, val_per_class=None, epochs=4, batch_size=8, lr=0.05)
+    run = Run("s", "n", model=MODEL, training=dict(keep="best", precision="fp32"))
+    train, valid = scale_data(scale, tiny)
+    metrics = experiments.train_run(run, scale, train, valid, 0, torch.device("cpu"), tmp_path)
+    assert metrics["valid_accuracy"] == max(h["valid_accuracy"] for h in metrics["history"])

@@ -286,3 +286,12 @@ def test_a_network_without_a_linear_layer_has_a_body_only():
     model = build_model("squeezenet1_1", 5)
     assert list(model.stages) == ["body"] and model.eval()(torch.rand(2, 3, 64, 64)).shape == (2, 5)
     with pytest.raises(ValueError, match="unknown stage of squeezenet1_1 'head'"): model.freeze_below("head")
+
+
+def test_a_file_with_torchvision_s_old_densenet_names_loads_as_weights(tmp_path):
+    source = build_model("densenet121", 5)
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", k): v for k, v in source.net.state_dict().items()}
+    assert any(".norm.1." in k for k in old)
+    torch.save(old, tmp_path/"densenet.pth")
+    loaded = build_model("densenet121", 5, weights=tmp_path/"densenet.pth").net.state_dict()
+    assert all(v.equal(loaded[k]) for k, v in source.net.state_dict().items())
