@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_images', 'check_range', 'check_p', 'Transform', 'uniform', 'RandomHorizontalFlip', 'RandomVerticalFlip',
            'RandomCrop', 'affine', 'RandomAffine', 'RandomRotation', 'RandomGrayscale', 'RandomGaussianBlur',
-           'gaussian_blur', 'Compose']
+           'gaussian_blur', 'Compose', 'Pad', 'PerImage']
 
 # %% ../nbs/02_transforms.ipynb #376fb7a0
 import math
@@ -282,3 +282,34 @@ class Compose(Transform):
         check_images(x)
         for t in self.transforms: x = t(x, generator)
         return x
+
+# %% ../nbs/02_transforms.ipynb #5339dc30
+class Pad(Transform):
+    "Add black pixels on every side."
+    def __init__(self,
+                 padding:int, # pixels
+                ):
+        super().__init__()
+        if not isinstance(padding, int) or padding < 0: raise ValueError(f"padding={padding}: must be a whole number of pixels, not negative")
+        self.padding = padding
+
+    def transform(self, x): return F.pad(x, (self.padding,)*4)
+
+    def extra_repr(self): return f"padding={self.padding}"
+
+# %% ../nbs/02_transforms.ipynb #3d0f6f89
+class PerImage(Transform):
+    "A transform of `torchvision.transforms.v2`, called for each image on its own; the result is clipped to [0,1]."
+    def __init__(self,
+                 transform:nn.Module, # keeps the size of the image; draws from torch's global generator
+                ):
+        super().__init__(); self.per_image = transform
+
+    def draw(self, x, generator=None): return {"seed": torch.randint(2**62, (len(x),), generator=generator, device=generator.device if generator else None)}
+
+    def transform(self, x, seed):
+        "`seed`: int (B,), of each image's chance; torch's global generator is left as it was."
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+            out = []
+            for image, s in zip(x, seed.tolist(), strict=True): torch.manual_seed(s); out.append(self.per_image(image))
+        return torch.stack(out).clamp(0, 1)
