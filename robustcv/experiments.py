@@ -117,15 +117,15 @@ def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, de
                 valid_accuracy=kept.valid_accuracy, images_per_second=history.images_per_second.median(),
                 filters=dict(shape=filters.shape, float16=base64.b64encode(filters.astype("<f2").tobytes()).decode()))
 
-# %% ../nbs/20_experiments.ipynb #218dff06
+# %% ../nbs/20_experiments.ipynb #f8473118
 def run_section(section:str, # one of `SECTIONS`
                 scale:str="demo", # one of `SCALES`
                 data=None, # folder of images, see `load_data`; None: synthetic, for smoke and demo
                 seeds=None, # iterable; None: the scale's
-                names=None, # of the runs; None: all of the section
                 results="results", # folder of the records
                 folder="runs", # folder of checkpoints and models
                 device=None, # None: the best there is
+                names=None, # of the runs; None: all of the section
                 say=partial(print, flush=True), # where progress goes, a line a run
                 **kwargs, # cache, workers
                ) -> list: # the section's records at this scale on this data, old and new
