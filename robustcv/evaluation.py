@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'Perturbation', 'add_noise', 'occlude', 'standard_perturba
            'erase_perturbations', 'show_perturbations', 'TrustWarning', 'check_trust', 'evaluate', 'wilson', 'compare',
            'pack', 'unpack', 'plot_bars', 'plot_strength', 'plot_confusions']
 
-# %% ../nbs/05_evaluation.ipynb #c35b69f2
+# %% ../nbs/05_evaluation.ipynb #cceaa2f1
 import base64, math, time, warnings
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
-from .core import derive_seed, normalized, pick_device
+from .core import derive_seed, model_colors, normalized, pick_device
 from .data import Batches, ImageSet, show_images
 from .random_erase import RandomErase
 from .training import autocast
@@ -209,7 +209,7 @@ def unpack(rows:list) -> pd.DataFrame: # as `evaluate` gave it, without `predict
         out.append([r["perturbation"], strength, r["unit"], r["correct"], r["n"], 100*r["correct"]/r["n"], 100*low, 100*high, r["seconds"], hits])
     return pd.DataFrame(out, columns=COLUMNS[:-1])
 
-# %% ../nbs/05_evaluation.ipynb #5bd3139f
+# %% ../nbs/05_evaluation.ipynb #cc091bfa
 def plot_bars(tables:dict, # name to an evaluation
               ax=None, # matplotlib axes; None: new ones
              ): # the axes
@@ -217,17 +217,17 @@ def plot_bars(tables:dict, # name to an evaluation
     import matplotlib.pyplot as plt
     first = next(iter(tables.values()))
     ax = ax or plt.subplots(figsize=(9, 3.4))[1]
-    width = 0.8/len(tables)
+    width, colors = 0.8/len(tables), model_colors(tables)
     for i, (name, t) in enumerate(tables.items()):
         at = np.arange(len(t)) + (i - (len(tables) - 1)/2)*width
-        ax.bar(at, t.accuracy, width, label=name, color=f"C{i}", yerr=[t.accuracy - t.low, t.high - t.accuracy], error_kw=dict(lw=.8, ecolor=".3"))
+        ax.bar(at, t.accuracy, width, label=name, color=colors[name], yerr=[t.accuracy - t.low, t.high - t.accuracy], error_kw=dict(lw=.8, ecolor=".3"))
     labels = [p if math.isnan(s) else f"{p} {s:g}" for p, s in zip(first.perturbation, first.strength, strict=True)]
     ax.set_xticks(range(len(first)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     ax.set(ylabel="accuracy (%)", title=f"n = {first.n.iloc[0]:,} a bar, 95 % intervals", ylim=(0, 100), xlim=(-.6, len(first) - .4))
     ax.grid(False, axis="x"); ax.legend(loc="upper right", ncols=len(tables), fontsize=8)
     return ax
 
-# %% ../nbs/05_evaluation.ipynb #eac1d03b
+# %% ../nbs/05_evaluation.ipynb #4a28b146
 def plot_strength(tables:dict, # name to an evaluation
                   perturbation:str, # which one, e.g. "noise"
                   ax=None, # matplotlib axes; None: new ones
@@ -235,11 +235,12 @@ def plot_strength(tables:dict, # name to an evaluation
     "Accuracy against the strength of one perturbation, with 95 % bands."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4, 3))[1]
-    for i, (name, t) in enumerate(tables.items()):
+    colors = model_colors(tables)
+    for name, t in tables.items():
         rows = t[t.perturbation == perturbation].sort_values("strength")
         if rows.empty: raise ValueError(f"perturbation '{perturbation}' is not in the table of {name}: it has {', '.join(sorted(set(t.perturbation)))}")
-        ax.plot(rows.strength, rows.accuracy, color=f"C{i}", marker="o", markersize=4, label=name)
-        ax.fill_between(rows.strength, rows.low, rows.high, color=f"C{i}", alpha=.2, linewidth=0)
+        ax.plot(rows.strength, rows.accuracy, color=colors[name], marker="o", markersize=4, label=name)
+        ax.fill_between(rows.strength, rows.low, rows.high, color=colors[name], alpha=.2, linewidth=0)
     ax.set(xlabel=f"{perturbation} ({rows.unit.iloc[0]})", ylabel="accuracy (%)", ylim=(0, 100)); ax.legend(fontsize=8)
     return ax
 

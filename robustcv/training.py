@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cross_entropy', 'Training', 'autocast', 'accuracy', 'Checkpoint', 'fit', 'plot_history']
 
-# %% ../nbs/04_training.ipynb #780a7d0e
+# %% ../nbs/04_training.ipynb #c44a33ab
 import io, json, math, time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import atomic_path, choose, derive_seed, describe, generator, pick_device
+from .core import atomic_path, choose, derive_seed, describe, generator, model_colors, pick_device
 from .data import Batch, Batches, ImageSet, take
 from .models import Classifier, save_model
 
@@ -214,16 +214,17 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
     model.eval()
     return pd.DataFrame(run.checkpoint.history)
 
-# %% ../nbs/04_training.ipynb #1ba3efd1
+# %% ../nbs/04_training.ipynb #97dd6a04
 def plot_history(histories:dict, # name to the data frame that `fit` returns
                  ax=None, # matplotlib axes; None: new ones
                 ): # the axes
     "Training (dashed) and validation (solid) accuracy over the epochs, one colour a run."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 3.2))[1]
-    for i, (name, h) in enumerate(histories.items()):
-        ax.plot(h["epoch"], h["valid_accuracy"], color=f"C{i}", marker="o", markersize=3, label=name)
-        ax.plot(h["epoch"], h["train_accuracy"], color=f"C{i}", linestyle="--", alpha=.7)
+    colors = model_colors(histories)
+    for name, h in histories.items():
+        ax.plot(h["epoch"], h["valid_accuracy"], color=colors[name], marker="o", markersize=3, label=name)
+        ax.plot(h["epoch"], h["train_accuracy"], color=colors[name], linestyle="--", alpha=.7)
     ax.set(xlabel="epoch", ylabel="accuracy (%)", title="solid: validation, dashed: training (not augmented)")
     ax.xaxis.get_major_locator().set_params(integer=True); ax.legend()
     return ax
