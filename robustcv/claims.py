@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLEAN', 'MORE', 'LESS', 'CROP_FLIP', 'OTHERS', 'OWN', 'COLOR', 'ERASE', 'CLAIMS', 'Difference', 'spread', 'paired',
-           'widened', 'Claim', 'differences', 'verdict', 'ledger', 'summary', 'plot_claims']
+           'widened', 'Claim', 'differences', 'verdict', 'ledger', 'summary', 'summary_table', 'plot_claims']
 
 # %% ../nbs/21_claims.ipynb #e8e6d3d4
 import math
@@ -151,7 +151,7 @@ def differences(claim:Claim, # to be tested
         out.append(Difference(_label(before, after, *where), *measured, region))
     return out
 
-# %% ../nbs/21_claims.ipynb #4201c240
+# %% ../nbs/21_claims.ipynb #0d4fb32a
 def verdict(found:list) -> str:
     "Of a claim, from those of its differences."
     each = {d.verdict for d in found}
@@ -171,9 +171,9 @@ def ledger(records:list, # of any sections, at one scale and on one data set
         for f in found:
             rows.append({**about, "comparison": f.label, "points": round(f.value, 1), "interval": f"{f.low:+.1f} to {f.high:+.1f}", "seeds": seeds,
                          "n": d["valid"], "data": f"{d['name']}, {used[0][0]['scale']}", "comparison verdict": f.verdict, "verdict": verdict(found)})
-    return pd.DataFrame(rows, columns=["claim", "statement", "article", "comparison", "points", "interval", "seeds", "n", "data", "comparison verdict", "verdict"])
+    return pd.DataFrame(rows, dtype=object, columns=["claim", "statement", "article", "comparison", "points", "interval", "seeds", "n", "data", "comparison verdict", "verdict"])
 
-# %% ../nbs/21_claims.ipynb #127e3f82
+# %% ../nbs/21_claims.ipynb #78566fbf
 def summary(records:list, # as for `ledger`
             claims, # ids
            ) -> str: # Markdown, a list entry a claim
@@ -187,6 +187,19 @@ def summary(records:list, # as for `ledger`
         lines.append(f"- **{i}**, the article: {c.statement}. We found, in points: {effects}. **{verdict(found).capitalize()}**.")
     return "\n".join(lines)
 
+def summary_table(records:list, # as for `ledger`
+                 ) -> pd.DataFrame: # a row a claim: id, statement, effects in points, verdict
+    "The ledger in short."
+    rows = []
+    for c in CLAIMS.values():
+        try: found = differences(c, records)
+        except KeyError: continue # not on record yet; the ledger names what is missing
+        effects = [f"{f.value:+.1f}" for f in found]
+        shown = ", ".join(effects) if len(effects) <= 6 else f"{len(effects)} comparisons, {min(effects, key=float)} to {max(effects, key=float)}"
+        rows.append({"claim": c.id, "the article": c.statement, "we found (points)": shown, "verdict": verdict(found)})
+    return pd.DataFrame(rows, columns=["claim", "the article", "we found (points)", "verdict"])
+
+# %% ../nbs/21_claims.ipynb #2e3d20d0
 def plot_claims(records:list, # as for `ledger`
                 claims=None, # ids; None: all that have records
                 ax=None, # matplotlib axes; None: new ones

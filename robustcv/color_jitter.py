@@ -41,11 +41,11 @@ def adjust_saturation(x:Tensor, # (B,3,H,W) in [0,1]
     f = _each(factor, x)
     return (x*f).add_(luma(x).mul_(1 - f)).clamp_(0, 1)
 
-# %% ../nbs/10_color_jitter.ipynb #764fdaa8
+# %% ../nbs/10_color_jitter.ipynb #a584f31c
 def adjust_hue(x:Tensor, # (B,3,H,W) in [0,1]
                shift:Tensor, # (B,) -0.5 to 0.5, turns of the colour circle; 0: unchanged
               ) -> Tensor: # (B,3,H,W) in [0,1]
-    "Turn the hue; value and chroma are kept."
+    "Turn the hue; value and chroma are kept. Carries no gradient."
     out = torch.empty_like(x)
     (r, g, b), (u, v, w) = x.split(1, 1), out.split(1, 1) # u, v, w are room for intermediate results until they are the output
     low, mid = torch.minimum(g, b), torch.maximum(g, b)
@@ -64,9 +64,11 @@ def adjust_hue(x:Tensor, # (B,3,H,W) in [0,1]
 ADJUST = {"brightness": adjust_brightness, "contrast": adjust_contrast, "saturation": adjust_saturation, "hue": adjust_hue}
 HUE = 3 # its place among them
 
-# %% ../nbs/10_color_jitter.ipynb #412cc149
+# %% ../nbs/10_color_jitter.ipynb #f09f9f84
 class ColorJitter(Transform):
     "Change brightness, contrast, saturation and hue by random amounts in random order; torchvision's ranges."
+    chunk = 32
+
     def __init__(self,
                  brightness:float|tuple=0., # a number v for factors from max(0, 1-v) to 1+v, or their range
                  contrast:float|tuple=0., # likewise
@@ -86,13 +88,13 @@ class ColorJitter(Transform):
 
     def transform(self, x, order, **amounts): return _in_order(x, order, torch.stack([amounts[name] for name in ADJUST], 1))
 
-    def extra_repr(self): return ", ".join([f"{n}=({low:g}, {high:g})" for n, (low, high) in self.ranges.items()] + [f"order={self.order}"])
+    def extra_repr(self): return ", ".join([f"{n}=({low:.12g}, {high:.12g})" for n, (low, high) in self.ranges.items()] + [f"order={self.order}"])
 
-# %% ../nbs/10_color_jitter.ipynb #ac4d3752
+# %% ../nbs/10_color_jitter.ipynb #2aa51922
 def _field(name, value):
     "torchvision's reading of a strength, as a range."
     same, low, high = (0., -.5, .5) if name == "hue" else (1., 0., float("inf"))
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not 0 <= value <= high: raise ValueError(f"{name}={value}: a strength lies between 0 and {high:g}")
         value = (max(low, same - value), same + value)
     return check_range(name, value, low, high)

@@ -345,7 +345,7 @@ def load_data(path, # Tiny ImageNet, a folder with train/ and val/ (or valid/, v
             return pair
     return split(load_folder(path, size, **kwargs), fraction)
 
-# %% ../nbs/01_data.ipynb #aed1da9c
+# %% ../nbs/01_data.ipynb #a4dbd01a
 @dataclass
 class Batch:
     "What a model is trained or measured on in one step."
@@ -353,8 +353,9 @@ class Batch:
     labels:Tensor # int64 (B,)
     boxes:Tensor|None # float32 (B,4), see `ImageSet`
     index:Tensor # int64 (B,): positions in the set
+    epoch:int=0 # which pass over the set this is, from 0
 
-# %% ../nbs/01_data.ipynb #d21a1691
+# %% ../nbs/01_data.ipynb #10c03ca9
 class Batches:
     "Serve an `ImageSet` in float batches on a device, in an order fixed by seed and epoch."
     def __init__(self,
@@ -381,12 +382,12 @@ class Batches:
         size = len(self.data)
         order = torch.randperm(size, generator=generator(self.seed, "order", n)) if self.shuffle else torch.arange(size)
         order = order.to(self.device)
-        for i in range(len(self)): yield self.gather(order[i*self.batch_size:(i + 1)*self.batch_size][self.rank::self.world])
+        for i in range(len(self)): yield self.gather(order[i*self.batch_size:(i + 1)*self.batch_size][self.rank::self.world], n)
 
-    def gather(self, index:Tensor) -> Batch: # (B,) positions in the set, on the device
+    def gather(self, index:Tensor, epoch:int=0) -> Batch: # (B,) positions in the set, on the device
         "The batch of the images at `index`."
         images = self.images.index_select(0, index).float().div_(255)
-        return Batch(images, self.labels[index], None if self.boxes is None else self.boxes[index], index)
+        return Batch(images, self.labels[index], None if self.boxes is None else self.boxes[index], index, epoch)
 
 # %% ../nbs/01_data.ipynb #ac9fa1bf
 def show_images(images, # (N,3,H,W) uint8, or float in [0,1]

@@ -25,7 +25,7 @@ from .random_erase import RandomErase
 from .training import autocast
 from .transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip, gaussian_blur
 
-# %% ../nbs/05_evaluation.ipynb #35e015dc
+# %% ../nbs/05_evaluation.ipynb #6b2952c0
 @dataclass(frozen=True)
 class Perturbation:
     "A named change of the evaluation images, of some strength."
@@ -42,8 +42,8 @@ def add_noise(x:Tensor, std) -> Tensor:
 def occlude(x:Tensor, side:float, at:tuple=(.5, .5)) -> Tensor:
     "Cover a square, `side` of the image's side, centred at `at` (down and right, fractions of the image), with mid-gray."
     x = x.clone()
-    (t, b), (l, r) = ((max(0, round(n*c) - round(n*side/2)), min(n, round(n*c) + round(n*side/2))) for n, c in zip(x.shape[2:], at, strict=True))
-    x[:, :, t:b, l:r] = 0.5
+    (top, bottom), (left, right) = ((max(0, math.ceil(n*c - .5) - round(n*side/2)), math.ceil(n*c - .5) + round(n*side/2)) for n, c in zip(x.shape[2:], at, strict=True))
+    x[:, :, top:bottom, left:right] = 0.5
     return x
 
 # %% ../nbs/05_evaluation.ipynb #07a18166

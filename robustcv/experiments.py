@@ -207,7 +207,7 @@ def filters(record:dict) -> torch.Tensor: # (O,3,k,k)
     f = record["metrics"]["filters"]
     return torch.from_numpy(np.frombuffer(base64.b64decode(f["float16"]), "<f2").reshape(f["shape"]).astype(np.float32))
 
-# %% ../nbs/20_experiments.ipynb #005812af
+# %% ../nbs/20_experiments.ipynb #6ab63dcd
 def plot_runs(records:list, # of one section, scale and data set
               perturbation:tuple=("clean", None), # and its strength
               ax=None, # matplotlib axes; None: new ones
@@ -238,12 +238,14 @@ def plot_fields(records:list, # of the section `color_jitter`
     for ax, field_name in zip(axes, ("contrast", "brightness", "saturation", "hue"), strict=True):
         rows = sorted([(0., runs.get("baseline", []))] + [(float(n.split()[1]), rs) for n, rs in runs.items() if n.split()[0] == field_name])
         rows = [(v, pool(rs).iloc[0], np.mean([r["metrics"]["train_accuracy"] for r in rs])) for v, rs in rows if rs]
+        ax.set(xlabel=f"{field_name} jitter", ylim=(0, 101))
+        if not rows: continue # not on record
         v, t = [r[0] for r in rows], pd.DataFrame([r[1] for r in rows])
         ax.plot(v, t.accuracy, marker="o", markersize=4, color="C0", label="validation")
         ax.fill_between(v, t.low.astype(float), t.high.astype(float), color="C0", alpha=.2, lw=0)
         ax.plot(v, [r[2] for r in rows], marker="o", markersize=4, markerfacecolor="none", ls="--", color="C0", label="training")
-        ax.set(xlabel=f"{field_name} jitter", ylim=(0, 101))
-    axes[0].set_ylabel("accuracy (%)"); axes[0].legend(fontsize=8, loc="center right")
+        ax.legend(fontsize=8, loc="center right")
+    axes[0].set_ylabel("accuracy (%)")
     return axes
 
 # %% ../nbs/20_experiments.ipynb #7e94c142
@@ -268,7 +270,7 @@ def plot_occlusion(records:list, # of the section `random_erase`
             ax.set(title=f"{name}, side {side:g}", xlabel="", ylabel="", xticks=[], yticks=[], aspect="equal")
     return fig
 
-# %% ../nbs/20_experiments.ipynb #541fd155
+# %% ../nbs/20_experiments.ipynb #9d41f765
 def draw_figures(records:list, # of one section, scale and data set
                  folder, # where the PNG files go
                  images:ImageSet|None=None, # for a picture of the perturbations
@@ -283,7 +285,8 @@ def draw_figures(records:list, # of one section, scale and data set
     if len(runs) <= 3:
         histories = {n: pd.DataFrame(sum((x["metrics"]["history"] for x in rs), [])).groupby("epoch", as_index=False).mean() for n, rs in runs.items()}
         keep("curves", plot_history(histories).figure)
-        keep("perturbations", plot_bars({n: pool(rs) for n, rs in runs.items()}).figure)
+        standard = {p.name for p in standard_perturbations()}
+        keep("perturbations", plot_bars({n: (t := pool(rs))[t.perturbation.isin(standard)] for n, rs in runs.items()}).figure)
     else: keep("runs", plot_runs(records).figure)
     if r["section"] == "color_jitter": keep("fields", plot_fields(records)[0].figure)
     if r["section"] == "random_erase" and {"baseline", "E"} <= set(runs): keep("occlusion", plot_occlusion(records))

@@ -32,7 +32,7 @@ def cross_entropy(model, # maps (B,3,H,W) in [0,1] to logits (B,K)
     "Cross-entropy of the logits and the labels."
     return F.cross_entropy(model(batch.images).float(), batch.labels, label_smoothing=label_smoothing)
 
-# %% ../nbs/04_training.ipynb #c13bf61f
+# %% ../nbs/04_training.ipynb #82cd17bd
 @dataclass(frozen=True)
 class Training:
     "How long and how fast to train."
@@ -44,11 +44,12 @@ class Training:
     warmup:float=0.25 # share of the steps in which the learning rate rises
     keep:str="last" # weights to end with: "last", or "best" by validation accuracy
     precision:str="auto" # "bf16", "fp32", or "auto": bf16 where the device is fast at it
+    replays:int|None=None # steps on every batch, one after the other; None: one
 
     def __post_init__(self):
         choose("keep", self.keep, ["last", "best"]); choose("precision", self.precision, ["auto", "bf16", "fp32"])
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("epochs", "batch_size", "replays"):
+            if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.warmup <= 1: raise ValueError(f"warmup={self.warmup}: a share between 0 and 1")
         if not self.lr > 0: raise ValueError(f"lr={self.lr}: must be positive")
 
@@ -110,11 +111,9 @@ class Checkpoint:
         self.history, self.best = json.loads(state["history"]), state["best"]
         return len(self.history)
 
-# %% ../nbs/04_training.ipynb #a7a01b13
-def _step(run, batch, gen):
+# %% ../nbs/04_training.ipynb #72e19bee
+def _step(run, batch):
     "One update; returns the loss, still on the device."
-    if run.transform is not None: batch = replace(batch, images=run.transform(batch.images, gen))
-    batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
     with autocast(run.device, run.config.precision): loss = run.objective(run.parallel, batch, run.backward)
     run.backward(loss)
     run.optimizer.step(); run.schedule.step(); run.optimizer.zero_grad()
@@ -123,10 +122,12 @@ def _step(run, batch, gen):
 def _epoch(run, epoch, check_every=50):
     "One pass over the training images; returns its mean loss and speed."
     run.parallel.train(); torch.manual_seed(derive_seed(run.seed, "epoch", epoch))
-    rank, total, start = run.batches.rank, 0., time.perf_counter()
+    rank, total, start, replays = run.batches.rank, 0., time.perf_counter(), run.config.replays or 1
     gen = generator(run.seed, "transform", epoch, *([rank] if rank else [])) # each process transforms images of its own
     for i, batch in enumerate(run.batches.epoch(epoch), 1):
-        total = total + _step(run, batch, gen)
+        images = batch.images if run.transform is None else run.transform(batch.images, gen)
+        batch = replace(batch, images=images.contiguous(memory_format=torch.channels_last))
+        for _ in range(replays): total = total + _step(run, batch)/replays
         run.bar.update(run.config.batch_size)
         if (i % check_every == 0 or i == len(run.batches)) and not math.isfinite(loss := float(run.reduce(total, "mean"))):
             kept = f"the checkpoint in {run.checkpoint.folder} is from before" if run.checkpoint.folder and epoch else "nothing was saved"
@@ -137,7 +138,7 @@ def _epoch(run, epoch, check_every=50):
     seconds = time.perf_counter() - start
     return {"loss": loss/i, "seconds": round(seconds, 2), "images_per_second": round(i*run.config.batch_size/seconds, 1)}
 
-# %% ../nbs/04_training.ipynb #a7f9c73f
+# %% ../nbs/04_training.ipynb #14011e18
 @dataclass
 class _Run:
     "Everything that a run's steps need."
@@ -154,7 +155,7 @@ def _set_up(model, train, valid, objective, transform, config, seed, device, fol
     few = take(train, torch.randperm(len(train), generator=generator(seed, "probe"))[:len(valid)].sort().values)
     probes = {"train_accuracy": Batches(few, 256, **shard), "valid_accuracy": Batches(valid, 256, **shard)}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
-    schedule = _one_cycle(optimizer, config, config.epochs*len(batches))
+    schedule = _one_cycle(optimizer, config, config.epochs*len(batches)*(config.replays or 1))
     checkpoint = Checkpoint(folder, model, optimizer, schedule, folder and _signature(model, train, valid, objective, transform, config, seed))
     done, images = checkpoint.load(), len(batches)*config.batch_size
     bar = tqdm(total=config.epochs*images, initial=done*images, unit=" images", unit_scale=True, disable=None if acc.is_main_process else True, leave=False)
@@ -188,7 +189,7 @@ def _check_fit(model, train, valid):
     if k != len(train.classes): raise ValueError(f"model: has {k} outputs, the images have {len(train.classes)} classes; build it with num_classes={len(train.classes)}")
     if not any(p.requires_grad for p in model.parameters()): raise ValueError("model: all of its parameters are frozen")
 
-# %% ../nbs/04_training.ipynb #6322bc73
+# %% ../nbs/04_training.ipynb #0d31941e
 def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (B,K)
         train:ImageSet, # images to learn from
         valid:ImageSet, # images to measure on after every epoch
@@ -198,6 +199,7 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
         seed:int=0, # of order, transforms and whatever else is random in training
         device=None, # where to train; None: the best device there is
         folder=None, # for checkpoints, and to resume from; None: nothing is written
+        watch=None, # watch(model, batches of `valid`) -> dict of numbers: more columns, measured after every epoch
        ) -> pd.DataFrame: # one row an epoch: loss, accuracies in %, lr, seconds, images_per_second
     "Train a model, with a measurement and a checkpoint after every epoch; resumes an unfinished run."
     _check_fit(model, train, valid)
@@ -208,6 +210,7 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
             for name, b in run.probes.items():
                 correct, total = run.reduce(accuracy(model, b, config.precision), "sum").tolist()
                 row[name] = 100*correct/total
+            if watch is not None: row.update(watch(model, run.probes["valid_accuracy"]))
             run.bar.set_postfix({"epoch": epoch + 1, "loss": f"{row['loss']:.3f}", "valid": f"{row['valid_accuracy']:.1f} %"})
             run.checkpoint.save(row, run.main)
     if config.keep == "best": model.load_state_dict(run.checkpoint.best)

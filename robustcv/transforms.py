@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/02_transforms.ipynb #62b11b9b
+# %% ../nbs/02_transforms.ipynb #23f835ed
 def check_images(x): # a batch
     "Raise a `ValueError` that says what is wrong if `x` is not a float batch (B,3,H,W) with at least one image."
     if not isinstance(x, Tensor): raise ValueError(f"images: expected a tensor (B,3,H,W), got {type(x).__name__}")
@@ -25,7 +25,7 @@ def check_images(x): # a batch
 
 def check_range(name:str, value, low=-math.inf, high=math.inf) -> tuple[float, float]:
     "Check an ordered pair of finite numbers within bounds and return it as floats."
-    ok = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, Number) and math.isfinite(v) for v in value)
+    ok = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, Number) and not isinstance(v, bool) and math.isfinite(v) for v in value)
     if not ok or not low <= value[0] <= value[1] <= high:
         raise ValueError(f"{name}={value}: expected a pair (low, high) with {low} ≤ low ≤ high ≤ {high}")
     return float(value[0]), float(value[1])
@@ -35,9 +35,11 @@ def check_p(p) -> float:
     if not isinstance(p, Number) or not 0 <= p <= 1: raise ValueError(f"p={p}: a probability lies between 0 and 1")
     return float(p)
 
-# %% ../nbs/02_transforms.ipynb #80e1d4d5
+# %% ../nbs/02_transforms.ipynb #e1f6e93c
 class Transform(nn.Module):
     "Draw one set of parameters a sample, then apply them: subclasses define `draw` and `transform`."
+    chunk = None # images worked on at a time, see `in_chunks`; None: all
+
     def draw(self,
              x:Tensor, # (B,3,H,W)
              generator:torch.Generator|None=None, # source of chance; None: torch's global generator
@@ -51,14 +53,14 @@ class Transform(nn.Module):
 
     def forward(self, x:Tensor, generator:torch.Generator|None=None) -> Tensor:
         check_images(x)
-        return in_chunks(lambda part: self.transform(part, **self.draw(part, generator)), x)
+        return in_chunks(lambda part: self.transform(part, **self.draw(part, generator)), x, self.chunk)
 
 def in_chunks(f, # maps (b,3,H,W) to (b,3,h,w)
               x:Tensor, # (B,3,H,W)
-              chunk:int=32, # images
+              chunk:int|None, # images; None: all
              ) -> Tensor: # (B,3,h,w)
     "Apply `f` to at most `chunk` images at a time on a CPU, to the whole batch elsewhere."
-    if x.device.type != "cpu" or len(x) <= chunk: return f(x)
+    if x.device.type != "cpu" or chunk is None or len(x) <= chunk: return f(x)
     out = None
     for i in range(0, len(x), chunk):
         part = f(x[i:i+chunk])
@@ -70,7 +72,7 @@ def uniform(n:int, low:float, high:float, generator=None) -> Tensor:
     "`n` uniform draws from [low, high) on the generator's device."
     return torch.rand(n, generator=generator, device=generator.device if generator else None) * (high - low) + low
 
-# %% ../nbs/02_transforms.ipynb #886fc452
+# %% ../nbs/02_transforms.ipynb #300bece2
 class RandomHorizontalFlip(Transform):
     "Mirror left and right with probability `p`."
     dim = 3
@@ -83,8 +85,10 @@ class RandomHorizontalFlip(Transform):
 
     def transform(self, x, flip):
         "`flip`: bool (B,)."
-        at = flip.nonzero().flatten().to(x.device)
-        return x.index_copy(0, at, x.index_select(0, at).flip(self.dim))
+        if x.device.type != "cpu": return torch.where(flip.to(x.device).view(-1, 1, 1, 1), x.flip(self.dim), x)
+        out = torch.empty_like(x)
+        for i, reverse in enumerate(flip.tolist()): out[i] = x[i].flip(self.dim - 1) if reverse else x[i]
+        return out
 
     def extra_repr(self): return f"p={self.p}"
 
@@ -281,9 +285,11 @@ def gaussian_blur(x:Tensor, # (B,3,H,W)
     x = F.pad(x, (half,)*4, mode="reflect").reshape(1, b*c, h + 2*half, w + 2*half)
     return F.conv2d(F.conv2d(x, kernel, groups=b*c), kernel.transpose(2, 3), groups=b*c).view(b, c, h, w)
 
-# %% ../nbs/02_transforms.ipynb #5ad213b3
+# %% ../nbs/02_transforms.ipynb #70463b0d
 class Compose(Transform):
     "Apply transforms one after the other, all fed by one generator."
+    chunk = 32
+
     def __init__(self,
                  *transforms, # modules called as `t(x, generator)`
                 ):
@@ -292,7 +298,7 @@ class Compose(Transform):
 
     def forward(self, x, generator=None):
         check_images(x)
-        return in_chunks(lambda part: self._all(part, generator), x)
+        return in_chunks(lambda part: self._all(part, generator), x, self.chunk)
 
     def _all(self, x, generator):
         for t in self.transforms: x = t(x, generator)
@@ -312,7 +318,7 @@ class Pad(Transform):
 
     def extra_repr(self): return f"padding={self.padding}"
 
-# %% ../nbs/02_transforms.ipynb #3d0f6f89
+# %% ../nbs/02_transforms.ipynb #4ab7ae8a
 class PerImage(Transform):
     "A transform of `torchvision.transforms.v2`, called for each image on its own; the result is clipped to [0,1]."
     def __init__(self,
@@ -325,6 +331,6 @@ class PerImage(Transform):
     def transform(self, x, seed):
         "`seed`: int (B,), of each image's chance; torch's global generator is left as it was."
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-            out = []
-            for image, s in zip(x, seed.tolist(), strict=True): torch.manual_seed(s); out.append(self.per_image(image))
+            out, set_seed = [], torch.default_generator.manual_seed if x.device.type == "cpu" else torch.manual_seed # the latter sets GPUs, too
+            for image, s in zip(x, seed.tolist(), strict=True): set_seed(s); out.append(self.per_image(image))
         return torch.stack(out).clamp(0, 1)

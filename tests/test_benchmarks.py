@@ -1,7 +1,9 @@
 "The arithmetic of the benchmark report; no speed is asserted here."
 import json
+import sys
 
 import pytest
+import torch
 
 from robustcv import benchmarks
 
@@ -38,3 +40,24 @@ def test_training_steps_run(monkeypatch):
 def test_an_unknown_measure_is_named():
     with pytest.raises(ValueError, match="unknown measure 'batchs': did you mean 'batches'"):
         next(benchmarks.bench(["batchs"]))
+
+
+def test_the_pipeline_is_measured_with_either_order(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "albumentations", None)
+    rows = list(benchmarks.pipeline(None, rounds=1, n=4, served=8))
+    assert [r["measure"] for r in rows] == ["pipeline/order per sample", "pipeline/order per chunk"]
+    assert "albumentations is not installed" in capsys.readouterr().err
+    for r in rows:
+        assert set(r) == {"measure", "ours", "unit", "peers", "best_peer_ratio", "floor", "floor_ratio", "n", "device"} and r["n"] == 1
+        assert set(r["peers"]) == {"torchvision v2, each image"} and min(r["ours"], r["floor"], r["best_peer_ratio"]) > 0
+        json.dumps(r)
+
+
+def test_the_symmetries_of_the_square_are_eight():
+    image, symmetry = torch.arange(75.).view(1, 3, 5, 5), benchmarks._Symmetry()
+    found = symmetry.transform(image.expand(8, -1, -1, -1), torch.arange(8))
+    turned = [v.rot90(k, (2, 3)) for v in (image, image.flip(3)) for k in range(4)]
+    assert {tuple(f.flatten().tolist()) for f in found} == {tuple(t.flatten().tolist()) for t in turned} and len(found.unique(dim=0)) == 8
+    mixed = torch.rand(20, 3, 6, 6); element = symmetry.draw(mixed, torch.Generator().manual_seed(0))["element"]
+    alone = [symmetry.transform(x[None], e[None]) for x, e in zip(mixed, element)]
+    assert torch.equal(symmetry.transform(mixed, element), torch.cat(alone)) and len(element.unique()) == 8

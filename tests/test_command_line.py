@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from robustcv.__main__ import app
-from robustcv.core import load_records
+from robustcv.core import SCALES, load_records
+from robustcv.experiments import SECTIONS, Run
 from robustcv.models import load_model
 
 
@@ -64,6 +67,27 @@ def test_demo_at_smoke_scale_writes_records_figures_and_models(tmp_path):
     assert "on record" in call("demo", "--scale", "smoke", "--out", out)  # a second time nothing is trained
 
 
+def test_some_runs_of_a_section_are_run_drawn_and_held_against_the_claims(tmp_path, tiny, monkeypatch):
+    runs = [Run("color_jitter", n, "shufflenet_v2_x0_5", training={"epochs": 1}) for n in ("baseline", "contrast 5", "contrast 0.8", "hue 0.1")]
+    monkeypatch.setitem(SECTIONS, "color_jitter", lambda: runs)
+    monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], classes=2, train_per_class=4, val_per_class=3, batch_size=4))
+    where, results = ("--scale", "smoke", "--results", tmp_path / "results"), tmp_path / "results"
+    run = ("run", "color_jitter", *where, "--data", tiny, "--folder", tmp_path / "runs", "--device", "cpu")
+    text = call(*run, "--only", "contrast 5", "--only", "contrast 0.8")
+    assert [r["name"] for r in load_records(results)] == ["contrast 5", "contrast 0.8"] and "[2/2]" in text and "baseline" not in text
+    assert "unknown run 'contrast 7': did you mean 'contrast 5'" in call(*run, "--only", "contrast 7", code=1)
+    call(*run)
+    assert len(load_records(results)) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = call("claims", *where)
+    c1, = (line for line in text.splitlines() if line.split()[:1] == ["C1"])
+    assert "contrast 0.8 − contrast 5" in c1 and "undecided" in c1 and "no records" in text
+    text = call("figures", *where, "--out", tmp_path / "figures")
+    assert sorted(text.split("figure: ")[1:]) == sorted(f"{f}\n" for f in (tmp_path / "figures").iterdir())
+    assert "color_jitter-smoke-fields.png" in text
+
+
 def test_evaluating_on_other_classes_is_refused(tmp_path):
     call("train", photos(tmp_path / "a"), "--size", 32, "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "run")
     other = photos(tmp_path / "b", classes=("ants", "bees"))
@@ -78,6 +102,9 @@ def test_evaluating_on_other_classes_is_refused(tmp_path):
     (("run", "baseline", "--scale", "lite"), "needs real images"),
     (("run", "baseline", "--scale", "smoke", "--device", "cuda:99"), "device 'cuda:99' is not here"),
     (("run", "baseline", "--seeds", "0,x"), "seeds=0,x"),
+    (("run", "baseline", "--scale", "smoke", "--only", "plane"), "unknown run 'plane': did you mean 'plain'"),
+    (("claims",), "no records at scale 'lite'"),
+    (("figures", "--scale", "smoke"), "no records at scale 'smoke'"),
     (("data", "synthetic", "x", "--classes", "99"), "classes"),
 ])
 def test_errors_are_one_line_with_the_culprit(args, says, tmp_path, monkeypatch):
@@ -90,8 +117,8 @@ def test_errors_are_one_line_with_the_culprit(args, says, tmp_path, monkeypatch)
 def test_usage_errors_exit_with_2_and_help_shows_an_example():
     call("train", code=2)
     call("run", "baseline", "--sclae", "lite", code=2)
-    for command in (("train",), ("evaluate",), ("run",), ("demo",), ("data", "get"), ("data", "synthetic"), ("data", "info")):
-        assert "Example:" in call(*command, "--help")
+    for command in ("train", "evaluate", "run", "demo", "figures", "claims", "data get", "data synthetic", "data info"):
+        assert "Example:" in call(*command.split(), "--help")
 
 
 def test_as_a_process_debug_shows_the_traceback(tmp_path):

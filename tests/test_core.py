@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, strategies as st
 from torch import nn
 
-from robustcv.core import (IMAGENET_STD, append_record, atomic_path, check_record, choose, derive_seed, describe, generator, load_records,
-                           make_record, normalized, pick_device, run_id, seed_everything)
+from robustcv.core import (COLORS, IMAGENET_STD, append_record, atomic_path, check_record, choose, derive_seed, describe, generator, load_records,
+                           make_record, model_colors, normalized, pick_device, run_id, seed_everything)
 
 BASE = make_record("baseline", "plain", "smoke", {"lr": 0.1}, 0, {"fingerprint": "abc"}, torch.device("cpu"), 1.5, {"accuracy": 0.5})
 
@@ -177,3 +177,18 @@ def test_describe_keeps_positional_arguments(): assert describe(partial(objectiv
 @pytest.mark.parametrize("value", [object(), Path("x"), lambda x: x])
 def test_describe_refuses_what_it_cannot_tell_apart(value):
     with pytest.raises(TypeError, match="cannot describe"): describe(value)
+
+
+# colours
+
+@given(st.lists(st.sampled_from(sorted(COLORS)), unique=True), st.integers(0, 6))
+def test_models_keep_their_colours_and_new_ones_get_others(known, k):
+    new = [f"new {i}" for i in range(k)]
+    colors = model_colors(new + known)
+    assert list(colors) == new + known and colors == model_colors(dict.fromkeys(new + known))
+    assert {n: colors[n] for n in known} == {n: COLORS[n] for n in known} == model_colors(known)
+    assert len({colors[n] for n in new}) == len(new) and not {colors[n] for n in new} & {colors[n] for n in known}
+
+def test_there_is_a_colour_for_each_of_many_models():
+    from matplotlib.colors import is_color_like
+    assert all(map(is_color_like, model_colors([*COLORS, *map(str, range(30))]).values()))

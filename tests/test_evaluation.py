@@ -13,10 +13,11 @@ from torchvision.transforms.v2 import functional as tv
 
 from robustcv.core import IMAGENET_STD
 from robustcv.data import ImageSet
-from robustcv.evaluation import (COLUMNS, Perturbation, TrustWarning, add_noise, check_trust, compare, evaluate, occlude, pack, plot_bars,
-                                 plot_confusions, plot_strength, show_perturbations, standard_perturbations, unpack, wilson)
+from robustcv.evaluation import (COLUMNS, Perturbation, TrustWarning, add_noise, check_trust, color_perturbations, compare, erase_perturbations,
+                                 evaluate, occlude, pack, plot_bars, plot_confusions, plot_strength, show_perturbations, standard_perturbations,
+                                 unpack, wilson)
 
-STANDARD = standard_perturbations()
+STANDARD, COLOR, ERASE = standard_perturbations(), color_perturbations(), erase_perturbations(2)
 CLEAN = STANDARD[:1]
 
 def images(n=20, k=4, side=16):
@@ -170,6 +171,61 @@ def test_standard_perturbations_keep_range_shape_and_input(p, n, side, seed):
     assert y.shape == x.shape and y.min() >= -1e-6 and y.max() <= 1 + 1e-6 and torch.equal(x, before)
     assert torch.equal(x, y) == (p.name == "clean")
 
+@pytest.mark.parametrize("p", [*COLOR, *ERASE], ids=lambda p: f"{p.name} {p.strength:g}")
+@settings(max_examples=5)
+@given(n=st.integers(1, 4), h=st.integers(12, 20), w=st.integers(12, 20), seed=st.integers(0, 99))
+def test_the_sections_perturbations_keep_range_shape_and_input(p, n, h, w, seed):
+    x = torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(seed)); before = x.clone()
+    y = p.apply(x, torch.zeros(n, dtype=torch.int64), None)
+    assert y.shape == x.shape and y.min() >= -1e-6 and y.max() <= 1 + 1e-6 and torch.equal(x, before)
+    many = torch.rand(8, 3, h, w)
+    assert not torch.equal(p.apply(many, None, None), many)
+
+@pytest.mark.parametrize("more", [color_perturbations(), erase_perturbations(), color_perturbations() + erase_perturbations()])
+def test_the_sections_perturbations_have_names_of_their_own(more):
+    assert len({(p.name, str(p.strength)) for p in STANDARD + more}) == len(STANDARD) + len(more)
+    assert all(p.unit or math.isnan(p.strength) for p in more)
+
+def seen_by_a_model(perturbations, seed):
+    "The images that perturbations show to a model under `evaluate`."
+    seen, data = [], images(16)
+    def watch(p): return Perturbation(p.name, lambda x, y, m: seen.append(p.apply(x, y, m)) or seen[-1], p.strength)
+    table(data=data, perturbations=[watch(p) for p in perturbations], seed=seed, batch_size=9)
+    return [torch.cat(pair) for pair in zip(seen[::2], seen[1::2], strict=True)]
+
+def test_the_sections_perturbations_are_the_same_for_every_model_and_follow_the_seed():
+    one, again, other = (seen_by_a_model(COLOR + ERASE, seed) for seed in (0, 0, 1))
+    for p, a, b, c in zip(COLOR + ERASE, one, again, other, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c) != (p.name == "crop" or p.name.startswith("augmented")), p.name
+
+def test_color_perturbations_are_torchvision_s():
+    x = torch.rand(2, 3, 8, 8)
+    for p in COLOR:
+        if p.name != "crop": torch.testing.assert_close(p.apply(x, None, None), getattr(tv, f"adjust_{p.name}")(x, p.strength))
+    assert {p.name for p in COLOR} == {"brightness", "contrast", "saturation", "hue", "crop"}
+
+def test_crops_are_padded_with_black():
+    for p in COLOR:
+        if p.name != "crop": continue
+        x, border = torch.rand(30, 3, 64, 64), round(64*(1 - p.strength)/2)
+        y = p.apply(x, None, None); inner = y[:, :, border:-border, border:-border]
+        n = round(64*p.strength)
+        assert torch.equal(y, tv.pad(inner, [border]*4)) and inner.shape == (30, 3, n, n)
+        assert any(torch.equal(inner[0], x[0, :, t:t+n, l:l+n]) for t in range(2*border + 1) for l in range(2*border + 1))
+
+def test_erase_perturbations_are_the_article_s_augmentations_and_a_grid_of_squares():
+    all_, x = erase_perturbations(), torch.ones(1, 3, 40, 40)
+    assert [p.name for p in all_ if math.isnan(p.strength)] == [f"augmented: {a}" for a in ("erase", "flip + erase", "flip + crop + erase")]
+    for side in (.25, .5):
+        hidden = [p.apply(x, None, None)[0, 0] == .5 for p in all_ if p.strength == side]
+        assert len(hidden) == 25 and len({tuple(h.flatten().tolist()) for h in hidden}) == 25 and torch.stack(hidden).any(0).all()
+        assert hidden[12].sum() == (40*side)**2 and torch.equal(hidden[0], hidden[24].flip(0, 1)) and torch.equal(hidden[4], hidden[0].flip(1))
+        assert [len(h.any(0).nonzero()) for h in hidden[:5]] == [min(40*side, 40*side/2 + c) for c in (4, 12, 20, 12, 4)]
+    x = torch.rand(400, 3, 8, 8)
+    erased, flipped = (next(p for p in all_ if p.name == f"augmented: {n}").apply(x, None, None) for n in ("erase", "flip + erase"))
+    same = lambda y, x: (y == x).all(1).float().mean((1, 2)) > .5 # but for the box
+    assert same(erased, x).all() and .4 < same(flipped, x).float().mean() < .6 and (same(flipped, x) | same(flipped, x.flip(3))).all()
+
 def test_standard_perturbations_have_names_of_their_own():
     assert len({(p.name, p.strength) for p in STANDARD}) == len(STANDARD) > 20 and all(p.unit or math.isnan(p.strength) for p in STANDARD)
 
@@ -189,6 +245,26 @@ def test_occlusion_covers_a_centred_square(h, w, side):
     hidden = y[0, 0] == 0.5
     assert (hidden | (y[0, 0] == 1)).all() and abs(hidden.float().mean().item() - side**2) <= 2*side/min(h, w) + 4/(h*w)
     if h % 2 == w % 2 == 0: assert torch.equal(hidden, hidden.flip(0)) and torch.equal(hidden, hidden.flip(1))
+
+def hidden(side, at, h=20, w=30): return occlude(torch.ones(1, 3, h, w), side, at)[0, 0] == .5
+
+@pytest.mark.parametrize("at, rows, columns", [
+    ((0, 0), slice(4), slice(6)), ((1, 1), slice(-4, None), slice(-6, None)), ((0, 1), slice(4), slice(-6, None)), ((.5, 0), slice(6, 14), slice(6)),
+    ((.1, .5), slice(6), slice(9, 21)), ((.5, .5), slice(6, 14), slice(9, 21)), ((.9, .1), slice(14, None), slice(9))])
+def test_a_square_is_cut_off_at_the_border(at, rows, columns):
+    expected = torch.zeros(20, 30, dtype=torch.bool); expected[rows, columns] = True
+    assert torch.equal(hidden(.4, at), expected)
+
+@given(st.integers(4, 21), st.integers(4, 21), st.floats(0, .6))
+def test_in_the_middle_the_square_is_where_it_was_before_it_had_a_place(h, w, side):
+    expected, dh, dw = torch.zeros(h, w, dtype=torch.bool), round(h*side/2), round(w*side/2)
+    expected[h//2-dh:h//2+dh, w//2-dw:w//2+dw] = True
+    assert torch.equal(hidden(side, (.5, .5), h, w), expected) and torch.equal(occlude(torch.ones(1, 3, h, w), side)[0, 0] == .5, expected)
+
+@given(st.integers(1, 9), st.integers(1, 9), st.floats(.01, .19))
+def test_a_square_moves_with_its_place(down, right, side):
+    moved, middle = hidden(side, (down/10, right/10)), hidden(side, (.5, .5))
+    assert torch.equal(moved, middle.roll((2*(down - 5), 3*(right - 5)), (0, 1)))
 
 @pytest.mark.parametrize("std", [0., 0.1, torch.full((3, 1, 1), 0.1)])
 def test_noise_is_gaussian_and_clipped(std):

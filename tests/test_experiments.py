@@ -12,11 +12,11 @@ import torch
 from scipy.stats import norm
 
 from robustcv import experiments
-from robustcv.core import SCALES, append_record, load_records
+from robustcv.core import SCALES, append_record, describe, load_records
 from robustcv.data import load_tiny_imagenet
-from robustcv.evaluation import COLUMNS, standard_perturbations, unpack
-from robustcv.experiments import (Run, baseline, by_name, caption, describe_data, draw_figures, filters, one_setting, pool,
-                                  run_section, scale_data, table)
+from robustcv.evaluation import COLUMNS, Perturbation, standard_perturbations, unpack
+from robustcv.experiments import (Run, baseline, by_name, caption, describe_data, draw_figures, filters, one_setting, plot_fields, plot_occlusion,
+                                  plot_runs, pool, run_section, scale_data, table)
 from robustcv.models import load_model
 from robustcv.training import Training, cross_entropy
 from robustcv.transforms import RandomHorizontalFlip
@@ -27,11 +27,17 @@ def evaluation(hits, perturbation="clean", strength=None):
     packed = base64.b64encode(np.packbits(np.array(hits, bool)).tobytes()).decode()
     return dict(perturbation=perturbation, strength=strength, unit="", correct=sum(hits), n=len(hits), seconds=1., hits=packed)
 
-def record(name="plain", seed=0, hits=(1, 0, 1, 1, 0, 0, 0, 0, 1, 1), training=80., scale="smoke", fingerprint="f", noise=(1, 0)):
-    rows = [evaluation(hits), evaluation(noise, "noise", 0.15)]
+FILTERS = dict(shape=[4, 3, 3, 3], float16=base64.b64encode(np.linspace(-1, 1, 108).astype("<f2").tobytes()).decode())
+
+def record(name="plain", seed=0, hits=(1, 0, 1, 1, 0, 0, 0, 0, 1, 1), training=80., scale="smoke", fingerprint="f", noise=(1, 0),
+           section="baseline", under=()):
+    rows = [evaluation(hits), evaluation(noise, "noise", 0.15), *[evaluation(h, *p) for p, h in dict(under).items()]]
+    history = [dict(epoch=e, train_loss=1., train_accuracy=training, valid_loss=1., valid_accuracy=50., images_per_second=9.) for e in (1, 2)]
     data = dict(name="synthetic", synthetic=True, fingerprint=fingerprint, classes=2, train=1000, valid=10, pixels=64)
-    return dict(id=f"{name}{seed}", section="baseline", name=name, seed=seed, scale=scale, data=data, device="a CPU", commit="abc",
-                metrics=dict(train_accuracy=training, valid_accuracy=50., evaluation=rows, history=[{"epoch": 1}, {"epoch": 2}]))
+    return dict(id=f"{name}{seed}", section=section, name=name, seed=seed, scale=scale, data=data, device="a CPU", commit="abc",
+                metrics=dict(train_accuracy=training, valid_accuracy=50., evaluation=rows, history=history, filters=FILTERS))
+
+def few(k): return [1]*k + [0]*(10 - k)
 
 
 # from records
@@ -77,6 +83,62 @@ def test_the_caption_says_what_a_figure_rests_on():
         assert part in said
 
 
+# figures
+
+def points(ax): return [c.lines for c in ax.containers if hasattr(c, "has_xerr")]
+
+def test_runs_are_drawn_with_their_intervals_and_their_training_accuracy():
+    runs = [("plain", 0, 4, 90.), ("jitter", 0, 6, 70.), ("E", 0, 3, 80.), ("E", 1, 5, 60.)]
+    records = [record(n, seed, few(k), training, under={("noise", .3): few(k - 1)}) for n, seed, k, training in runs]
+    ax, pooled = plot_runs(records), {n: pool(rs) for n, rs in by_name(records).items()}
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["plain", "jitter", "E"]
+    for row, (perturbation, accuracy) in enumerate(((("clean", None), [40, 60, 40]), (("noise", .15), [50]*3), (("noise", .3), [30, 50, 30]))):
+        drawn, rows = points(plot_runs(records, perturbation)), [t.iloc[row] for t in pooled.values()]
+        assert [float(p.get_xdata()[0]) for p, _, _ in drawn] == [r.accuracy for r in rows] == pytest.approx(accuracy)
+        assert [tuple(bar.get_segments()[0][:, 0]) for _, _, (bar,) in drawn] == [pytest.approx((r.low, r.high)) for r in rows]
+    hollow = [line for line in ax.lines if line.get_markerfacecolor() == "none"]
+    assert [line.get_xdata()[0] for line in hollow] == [90, 70, 70] and [p.get_color() for p, _, _ in points(ax)] == [".5", "C0", "C1"]
+    assert "dotted: plain" in ax.get_title() and "clean" in ax.get_title() and ax.yaxis_inverted()
+
+def jittered():
+    names = {"baseline": 5, "contrast 5": 2, "contrast 0.1": 6, "contrast 0.8": 7, "brightness 2": 3, "saturation 0.4": 8, "hue 0.05": 4,
+             "hue 0.5": 1, "rotation": 9}
+    return [record(n, hits=few(k), training=10.*k + 5, section="color_jitter") for n, k in names.items()]
+
+def test_fields_are_drawn_from_the_baseline_to_the_greatest_strength():
+    axes = plot_fields(jittered())
+    drawn = {ax.get_xlabel(): [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in ax.lines] for ax in axes}
+    strengths = {"contrast jitter": [0, .1, .8, 5], "brightness jitter": [0, 2], "saturation jitter": [0, .4], "hue jitter": [0, .05, .5]}
+    accuracy = dict(zip(strengths, ([50, 60, 70, 20], [50, 30], [50, 80], [50, 40, 10]), strict=True))
+    assert drawn == {f: [(v, accuracy[f]), (v, [a + 5 for a in accuracy[f]])] for f, v in strengths.items()}
+
+def places(start, sides=(.25, .5)): # accuracy in tens of points by place
+    grid = (.25, .25), (.25, .75), (.75, .25), (.75, .75)
+    return {(f"occlusion at {r}, {c}", s): few(start + k) for s in sides for k, (r, c) in enumerate(grid)}
+
+def erased(): return [record(n, hits=few(5), under=places(k), section="random_erase") for n, k in (("baseline", 1), ("E", 4), ("FE", 2), ("FCE", 3))]
+
+def test_occlusion_is_drawn_where_it_was_and_beside_its_gain():
+    fig = plot_occlusion(erased(), ("baseline", "FE", "E"))
+    maps = [ax.collections[0].get_array().reshape(2, 2).tolist() for ax in fig.axes]
+    assert [ax.get_title() for ax in fig.axes] == [f"{n}, side {s}" for s in (.25, .5) for n in ("baseline", "FE", "E", "E − baseline (points)")]
+    baseline, fe, e, gain = [[10, 20], [30, 40]], [[20, 30], [40, 50]], [[40, 50], [60, 70]], [[30, 30], [30, 30]] # down, right
+    assert maps == [baseline, fe, e, gain]*2
+
+def figure_names(records, folder):
+    paths = draw_figures(records, folder)
+    assert all(p.stat().st_size > 300 for p in paths) and sorted(paths) == sorted(folder.iterdir())
+    return [p.name.removeprefix(f"{records[0]['section']}-smoke-").removesuffix(".png") for p in paths]
+
+@pytest.mark.parametrize("records, expected", [
+    ([record(), record(seed=1), record("flip + crop")], ["curves", "perturbations", "filters"]), ([record(n) for n in "abcd"], ["runs", "filters"]),
+    (jittered(), ["runs", "fields", "filters"]), (jittered()[:3], ["curves", "perturbations", "fields", "filters"]),
+    (jittered()[1:2], ["curves", "perturbations", "fields", "filters"]),
+    (erased(), ["runs", "occlusion", "filters"]), (erased()[1:3], ["curves", "perturbations", "filters"])],
+    ids=["baseline", "many runs", "jitter", "some jitter", "jitter without a baseline", "erase", "erase without a baseline"])
+def test_every_section_has_its_figures(records, expected, tmp_path): assert figure_names(records, tmp_path/"figures") == expected
+
+
 # data
 
 @pytest.mark.parametrize("scale", ["lite", "full"])
@@ -112,6 +174,22 @@ def test_a_run_s_settings_are_the_scale_s_unless_it_says_otherwise():
 
 def test_the_baseline_is_plain_training_and_augmentation():
     assert {r.name for r in baseline()} == {"plain", "flip + crop"} and all(r.section == "baseline" for r in baseline())
+
+@pytest.mark.parametrize("section", experiments.SECTIONS)
+def test_the_runs_of_a_section_have_names_and_settings_of_their_own(section):
+    runs = experiments.SECTIONS[section]()
+    assert len({r.name for r in runs}) == len(runs) == len({json.dumps(describe(replace(r, name="")), sort_keys=True) for r in runs})
+    assert all(r.section == section for r in runs)
+    assert any(r.transform is None and r.objective is cross_entropy for r in runs), "one has nothing of it all"
+
+AUGMENTED = [r for section in experiments.SECTIONS.values() for r in section() if r.transform is not None]
+
+@pytest.mark.parametrize("run", AUGMENTED, ids=lambda r: f"{r.section}: {r.name}")
+def test_the_transforms_of_the_runs_keep_size_and_range_and_repeat(run):
+    x, go = torch.rand(6, 3, 64, 64), lambda seed: run.transform(x, torch.Generator().manual_seed(seed))
+    y = go(1)
+    assert y.shape == x.shape and y.min() >= -1e-6 and y.max() <= 1 + 1e-6 and torch.equal(y, go(1))
+    assert any(not torch.equal(z, x) for z in (y, go(2), go(3)))
 
 calls, fail_at = [], []
 
@@ -174,6 +252,18 @@ def test_what_changes_a_run_makes_another_record(go):
     plain, flip = (Run("tiny", "a", MODEL, transform=t, training={"epochs": 1}) for t in (None, RandomHorizontalFlip()))
     ids = [r["id"] for runs, kwargs in (((plain,), {}), ((flip,), {}), ((plain,), {"seeds": [0, 1]})) for r in go(*runs, **kwargs)]
     assert len(ids) == 4 and len(set(ids)) == 3 and ids[0] == ids[2]
+
+def test_runs_can_be_chosen_by_name(go, tmp_path, monkeypatch):
+    monkeypatch.setitem(experiments.EXTRA, "tiny", lambda: [Perturbation("black", lambda x, y, m: 0*x, 1., "all")])
+    runs, said = [Run("tiny", n, MODEL, training={"epochs": 1}) for n in "abc"], []
+    one, = go(*runs, names=["b"], say=said.append)
+    assert one["name"] == "b" and said[0].startswith("[1/1] tiny / b")
+    measured = [e["perturbation"] for e in one["metrics"]["evaluation"]]
+    assert measured == [p.name for p in standard_perturbations()] + ["black"], "a section may measure more"
+    assert [r["name"] for r in go(*runs, names=["c", "b"])] == ["b", "c"] == [r["name"] for r in load_records(tmp_path/"results")]
+    for names in (["d"], ["b", "d"]):
+        with pytest.raises(ValueError, match="unknown run 'd'.*valid: a, b, c"): go(*runs, names=names)
+    assert go(*runs, names=[]) == [] and len(load_records(tmp_path/"results")) == 2
 
 def test_only_records_of_this_scale_data_and_settings_are_returned(go, tmp_path):
     mine, = go(Run("tiny", "a", MODEL, training={"epochs": 1}))

@@ -1,19 +1,22 @@
 """Every transform is held to torchvision's functional op given the same parameters, and to the laws that all of them obey."""
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from scipy.stats import binomtest, chisquare
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode, functional as tv
 
 from robustcv.core import describe
-from robustcv.transforms import (Compose, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
-                                 RandomRotation, RandomVerticalFlip, Transform, _crop_gather, affine, gaussian_blur)
+from robustcv.transforms import (Compose, Pad, PerImage, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
+                                 RandomRotation, RandomVerticalFlip, Transform, _crop_gather, affine, gaussian_blur, in_chunks)
 
 ALL = [RandomHorizontalFlip(), RandomVerticalFlip(0.3), RandomCrop(12, 3), RandomCrop((9, 14), 4, "reflect"), RandomCrop(8),
        RandomAffine(30, (.2, .1), (.7, 1.4), 20), RandomAffine((-90, 0), (.3, 0), interpolation="bilinear", fill=.3), RandomRotation(180),
-       RandomRotation((10, 80), "bilinear", .5), RandomGrayscale(0.5), RandomGaussianBlur(), RandomGaussianBlur(9, (.5, 3), 1.)]
+       RandomRotation((10, 80), "bilinear", .5), RandomGrayscale(0.5), RandomGaussianBlur(), RandomGaussianBlur(9, (.5, 3), 1.),
+       PerImage(v2.RandomErasing(1.)), PerImage(v2.RandomHorizontalFlip())]
 OFF = [RandomHorizontalFlip(0), RandomVerticalFlip(0), RandomCrop((16, 20)), RandomCrop((16, 20), 0, "reflect"), RandomAffine(0),
-       RandomRotation(0), RandomGrayscale(0), RandomGaussianBlur(p=0)]
+       RandomRotation(0), RandomGrayscale(0), RandomGaussianBlur(p=0), Pad(0), PerImage(v2.Identity())]
 CHAIN = Compose(RandomHorizontalFlip(), RandomCrop(12, 2), RandomAffine(20), RandomGaussianBlur())
 named = lambda ts: pytest.mark.parametrize("t", ts, ids=[str(t) for t in ts])
 each, modes = named(ALL), pytest.mark.parametrize("mode", ["nearest", "bilinear"])
@@ -104,6 +107,23 @@ def test_blur_equals_torchvision(x, seed, kernel_size, sigma):
     expected = torch.stack([tv.gaussian_blur(i, [kernel_size]*2, [float(s)]*2) if b else i
                             for i, b, s in zip(x, d["blur"], d["sigma"], strict=True)])
     torch.testing.assert_close(t.transform(x, **d), expected, atol=1e-5, rtol=0)
+
+@given(batches, st.integers(0, 9))
+def test_padding_equals_torchvision(x, n): assert torch.equal(Pad(n)(x), tv.pad(x, [n]*4))
+
+@pytest.mark.parametrize("theirs", [v2.TrivialAugmentWide(), v2.RandomPerspective(.5, 1.), v2.ElasticTransform(20., 2.),
+                                    v2.RandomErasing(1., value="random")], ids=lambda t: type(t).__name__)
+def test_torchvision_s_own_are_called_on_each_image_with_the_seed_drawn_for_it(theirs):
+    x, t, state = batch(6), PerImage(theirs), torch.get_rng_state()
+    d = t.draw(x, gen(3))
+    assert d["seed"].dtype == torch.int64 and len(d["seed"].unique()) == 6
+    y = t(x, gen(3))
+    assert torch.equal(state, torch.get_rng_state()) and torch.equal(y, t.transform(x, **d)) and y.shape == x.shape and not torch.equal(y, x)
+    def alone(image, seed): torch.manual_seed(seed); return theirs(image)
+    expected = torch.stack([alone(i, s) for i, s in zip(x, d["seed"].tolist(), strict=True)]).clamp(0, 1)
+    assert torch.equal(y, expected)
+
+def test_what_torchvision_returns_is_clipped(): assert torch.equal(PerImage(v2.Lambda(lambda i: 3*i - 1))(batch()), (3*batch() - 1).clamp(0, 1))
 
 
 # laws
@@ -201,6 +221,36 @@ def test_compose_feeds_all_its_parts_from_one_generator():
     a, b, g = RandomHorizontalFlip(), RandomAffine(30), gen(5)
     assert torch.equal(Compose(a, b)(batch(), gen(5)), b(a(batch(), g), g)) and torch.equal(Compose()(batch()), batch())
 
+@given(st.integers(1, 70), st.integers(1, 40))
+def test_portions_make_up_the_whole(n, chunk):
+    x, sizes = batch(n, 2, 3), []
+    y = in_chunks(lambda part: sizes.append(len(part)) or F.pad(2*part, (1, 1, 0, 0)).double(), x, chunk)
+    assert torch.equal(y, F.pad(2*x, (1, 1, 0, 0)).double()) and y.dtype == torch.float64
+    assert sum(sizes) == n and max(sizes) <= chunk and len(sizes) == -(-n//chunk)
+
+def test_without_a_limit_there_is_one_portion():
+    sizes = []
+    assert torch.equal(in_chunks(lambda part: sizes.append(len(part)) or part, batch(70), None), batch(70)) and sizes == [70]
+
+def test_gradients_flow_through_portions():
+    x = batch(70, 2, 2).requires_grad_()
+    in_chunks(lambda part: part**2, x, 32).sum().backward()
+    assert torch.equal(x.grad, 2*x.detach())
+
+class Watched(RandomHorizontalFlip):
+    "Remembers how many images it was given."
+    def draw(self, x, generator=None): self.seen = [*getattr(self, "seen", []), len(x)]; return super().draw(x, generator)
+
+@pytest.mark.parametrize("n", [1, 32, 33, 100])
+def test_a_composition_of_many_images_repeats_and_works_on_few_at_a_time(n):
+    x, watched = batch(n, 16, 18), Watched()
+    t = Compose(watched, RandomCrop(12, 2), RandomAffine(20), RandomGaussianBlur(), Pad(2))
+    y = t(x, gen(1))
+    assert y.shape == (n, 3, 16, 16) and sum(watched.seen) == n and max(watched.seen) <= 32
+    assert torch.equal(y, t(x, gen(1))) and not torch.equal(y, t(x, gen(2)))
+    g = gen(1)
+    assert torch.equal(y, torch.cat([t(part, g) for part in x.split(32)])), "the generator serves one portion after the other"
+
 def test_a_transform_without_a_rule_says_so():
     with pytest.raises(TypeError, match="defines no transform"): Transform()(batch())
 
@@ -213,7 +263,9 @@ def test_a_transform_without_a_rule_says_so():
     (RandomRotation(1, fill=.5), RandomRotation(1)),
     (RandomGrayscale(.1), RandomGrayscale(.2)), (RandomGaussianBlur(5), RandomGaussianBlur(3)),
     (RandomGaussianBlur(sigma=(1, 2)), RandomGaussianBlur()),
-    (RandomGaussianBlur(p=.1), RandomGaussianBlur(p=.2))], ids=str)
+    (RandomGaussianBlur(p=.1), RandomGaussianBlur(p=.2)), (Pad(1), Pad(2)),
+    (PerImage(v2.RandomErasing(.1)), PerImage(v2.RandomErasing(.2))), (PerImage(v2.RandomErasing()), PerImage(v2.TrivialAugmentWide())),
+    (PerImage(v2.ElasticTransform(20., 4.)), PerImage(v2.ElasticTransform(20., 5.)))], ids=str)
 
 def test_every_setting_shows_in_the_description(a, b):
     assert describe(a) != describe(b) and describe(Compose(a)) != describe(Compose(b))
@@ -225,7 +277,8 @@ def test_every_setting_shows_in_the_description(a, b):
     *[("p", lambda k=k, p=p: k(p=p)) for k in (RandomHorizontalFlip, RandomVerticalFlip, RandomGrayscale, RandomGaussianBlur)
       for p in (-.1, 1.1, float("nan"), "a", None)],
     *[("size", lambda s=s: RandomCrop(s)) for s in (0, -1, (4,), (4, 4, 4), (4, 0), 2.5, (2.5, 4))],
-    *[("padding", lambda p=p: RandomCrop(4, p)) for p in (-1, 1.5)], ("padding_mode", lambda: RandomCrop(4, 1, "edge")),
+    *[("padding", lambda p=p: RandomCrop(4, p)) for p in (-1, 1.5)],
+    *[("padding", lambda p=p: Pad(p)) for p in (-1, 1.5, (1, 1), "a", None)], ("padding_mode", lambda: RandomCrop(4, 1, "edge")),
     *[("degrees", lambda k=k, d=d: k(d)) for k in (RandomAffine, RandomRotation)
       for d in (-1, (3, 1), float("nan"), "a", None, (1,), (0, float("inf")))],
     *[("translate", lambda t=t: RandomAffine(1, t)) for t in ((1.1, 0), (-.1, 0), (.1,), .1)],

@@ -1,0 +1,266 @@
+"""Claims: effects and intervals against their closed forms, verdicts, and a ledger that names what is missing."""
+import base64
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from scipy.stats import norm, t as student
+
+from robustcv import claims
+from robustcv.claims import CLAIMS, CLEAN, LESS, MORE, Claim, Difference, differences, ledger, paired, plot_claims, spread, summary, verdict, widened
+from robustcv.evaluation import compare, standard_perturbations
+from robustcv.experiments import EXTRA, SECTIONS
+
+N = 200
+
+def hits(share, seed=0, n=N): return np.random.default_rng(seed).random(n) < share
+
+def row(right, perturbation="clean", strength=None):
+    packed = base64.b64encode(np.packbits(right).tobytes()).decode()
+    return dict(perturbation=perturbation, strength=strength, unit="", correct=int(right.sum()), n=len(right), seconds=0., hits=packed)
+
+def made(name, right, seed=0, section="s", training=80., scale="lite", **more):
+    "A record of this run: which clean images it has right, and under which other perturbations."
+    rows = [row(right), *[row(r, *p) for p, r in more.get("under", {}).items()]]
+    return dict(id=f"{section}{name}{seed}", section=section, name=name, seed=seed, scale=scale,
+                metrics=dict(evaluation=rows, train_accuracy=training), data=dict(name="simulated", fingerprint="f", valid=len(right), train=1000))
+
+def difference(low, high, region): return Difference("d", (low + high)/2, low, high, region)
+
+
+# verdicts
+
+@pytest.mark.parametrize("low, high, region, expected", [
+    (1, 2, MORE, "reproduced"), (0, 2, MORE, "reproduced"), (-1, 2, MORE, "undecided"), (-2, 0, MORE, "contradicted"), (-2, -1, MORE, "contradicted"),
+    (-2, -1, LESS, "reproduced"), (-2, 0, LESS, "reproduced"), (-2, 1, LESS, "undecided"), (0, 1, LESS, "contradicted"), (1, 2, LESS, "contradicted"),
+    (-1, 1, (-2, 2), "reproduced"), (-2, 2, (-2, 2), "reproduced"), (-3, 1, (-2, 2), "undecided"), (1, 3, (-2, 2), "undecided"),
+    (-3, 3, (-2, 2), "undecided"), (2, 3, (-2, 2), "contradicted"), (-3, -2, (-2, 2), "contradicted"), (3, 4, (-2, 2), "contradicted"),
+    (-4, 9, (-5, math.inf), "reproduced"), (-6, 9, (-5, math.inf), "undecided"), (-9, -5, (-5, math.inf), "contradicted"),
+    (-9, 9, (-math.inf, math.inf), "reproduced")])
+def test_the_verdict_is_where_the_interval_falls(low, high, region, expected): assert difference(low, high, region).verdict == expected
+
+def test_a_claim_needs_all_of_its_comparisons():
+    each = {"reproduced": difference(1, 2, MORE), "undecided": difference(-1, 2, MORE), "contradicted": difference(-2, -1, MORE)}
+    for k in (1, 2, 3):
+        for names in itertools.product(each, repeat=k):
+            expected = next((v for v in ("contradicted", "undecided") if v in names), "reproduced")
+            assert verdict([each[n] for n in names]) == expected
+
+
+# differences
+
+shares, confidences = st.floats(0, 1), st.sampled_from([.8, .95, .99, .999])
+
+@given(shares, shares, st.integers(1, 80), confidences)
+def test_one_seed_is_compared_image_by_image(p, q, n, confidence):
+    a, b = hits(p, 1, n), hits(q, 2, n)
+    c = compare(a, b, confidence)
+    assert paired([made("a", a)], [made("b", b)], confidence=confidence) == pytest.approx((c["difference"], c["low"], c["high"]), abs=1e-9)
+
+@given(st.lists(shares, min_size=1, max_size=3), st.lists(shares, min_size=2, max_size=3), confidences)
+def test_several_seeds_are_averaged_image_by_image(before, after, confidence):
+    a, b = ([hits(p, 7*k + j) for j, p in enumerate(ps)] for k, ps in enumerate((before, after)))
+    change = 100*(np.mean(b, 0) - np.mean(a, 0))
+    half = norm.ppf(.5 + confidence/2)*change.std(ddof=1)/math.sqrt(N)
+    found = paired([made("a", h, s) for s, h in enumerate(a)], [made("b", h, s) for s, h in enumerate(b)], confidence=confidence)
+    assert found == pytest.approx((change.mean(), change.mean() - half, change.mean() + half))
+
+@pytest.mark.parametrize("before, after", [(1, 1), (3, 3), (1, 3), (2, 3)])
+@pytest.mark.parametrize("sd, df", [(1.5, 4), (.2, 40), (3., 1)])
+def test_the_spread_over_seeds_widens_the_interval_by_its_closed_form(before, after, sd, df):
+    a, b = ([made(n, hits(p, 10*k + s), s) for s in range(k)] for n, p, k in (("a", .5, before), ("b", .6, after)))
+    value, low, high = paired(a, b)
+    more = student.ppf(.975, df)*sd*math.sqrt(1/before + 1/after)
+    expected = value, value - math.sqrt((value - low)**2 + more**2), value + math.sqrt((high - value)**2 + more**2)
+    assert paired(a, b, seeds=(sd, df)) == pytest.approx(expected)
+    assert expected[1] < low and high < expected[2] and paired(a, b, seeds=(sd, 0)) == (value, low, high), "an unknown spread is left out"
+
+@given(st.floats(-50, 50), st.floats(0, 9), st.floats(0, 9), st.floats(0, 5), st.integers(1, 50), confidences)
+def test_widening_contains_the_interval(value, down, up, sd, df, confidence):
+    v, low, high = widened(value, value - down, value + up, (sd, df), 2/3, confidence)
+    assert v == value and low <= value - down + 1e-9 and high >= value + up - 1e-9
+
+def test_differences_are_taken_under_the_perturbations_named():
+    under = {("noise", .1): hits(.3, 3), ("noise", .2): hits(.1, 4), ("flip", None): hits(.2, 5)}
+    a, b = [made("a", hits(.8, 1), under=under)], [made("b", hits(.5, 2), under=under | {("noise", .1): hits(.6, 6)})]
+    def change(now, was): return pytest.approx(100*(now.mean() - was.mean()))
+    assert paired(a, b)[0] == change(hits(.5, 2), hits(.8, 1))
+    assert paired(a, b, ("noise", .1), ("noise", .1))[0] == change(hits(.6, 6), hits(.3, 3))
+    assert paired(a, a, CLEAN, ("noise", .2))[0] == change(hits(.1, 4), hits(.8, 1))
+    assert paired(a, b, ("flip", None), CLEAN)[0] == change(hits(.5, 2), hits(.2, 5))
+
+@pytest.mark.parametrize("perturbation", [("fog", None), ("noise", .3), ("noise", None), ("clean", .1)])
+def test_what_was_not_measured_is_named(perturbation):
+    a = [made("a", hits(.5), under={("noise", .1): hits(.4)})]
+    with pytest.raises(KeyError, match=f"a: not measured under '{perturbation[0]}'"): paired(a, a, CLEAN, perturbation)
+
+
+# spread over seeds
+
+@given(st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=4), min_size=1, max_size=4))
+def test_the_spread_is_the_pooled_standard_deviation(runs): # of 10 images, so many are right
+    records = [made(f"run {i}", np.arange(10) < k, s, section="st"[i % 2]) for i, ks in enumerate(runs) for s, k in enumerate(ks)]
+    df = sum(len(ks) - 1 for ks in runs)
+    squares = sum(np.var(ks)*len(ks) for ks in runs)
+    assert spread(records) == (pytest.approx(10*math.sqrt(squares/df) if df else 0.), df)
+
+def test_without_repeats_the_spread_is_unknown(): assert spread([made("a", hits(.5)), made("b", hits(.6))]) == (0., 0)
+
+def test_runs_of_one_name_in_two_sections_are_not_repeats():
+    assert spread([made("baseline", hits(.1), section="s"), made("baseline", hits(.9), 1, section="t")]) == (0., 0)
+
+def test_the_spread_is_that_of_the_measure_and_of_the_runs_that_have_it():
+    records = [made("a", hits(.5), s, training=t) for s, t in enumerate((70., 80., 90.))] + [made("b", hits(.5), s) for s in range(2)]
+    assert spread(records, lambda r: r["metrics"]["train_accuracy"]) == (pytest.approx(math.sqrt(200/3)), 3)
+    assert spread(records, lambda r: r["metrics"]["train_accuracy"] if r["name"] == "a" else None) == (pytest.approx(10.), 2)
+    assert spread(records, lambda r: None) == (0., 0)
+
+
+# claims on records
+
+def claim(*comparisons, id="X"): return Claim(id, "s", "b is better", "a graph", comparisons)
+
+RECORDS = [made("a", hits(.4, 1), training=99.), made("b", hits(.8, 2), training=90.), made("c", hits(.41, 3))]
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_more_comparisons_need_more_confidence(k):
+    found = differences(claim(*[("a", "b", MORE)]*k), RECORDS)
+    assert len(found) == k and len(set(found)) == 1
+    assert (found[0].value, found[0].low, found[0].high) == paired(RECORDS[:1], RECORDS[1:2], confidence=1 - .05/k)
+    if k > 1:
+        one, = differences(claim(("a", "b", MORE)), RECORDS)
+        assert found[0].low < one.low and one.high < found[0].high
+
+def test_the_seeds_of_other_runs_and_sections_count_for_the_spread():
+    others = [made("z", hits(p, 50 + s), s, section="t") for s, p in enumerate((.2, .5, .8))]
+    (alone,), (more,) = (differences(claim(("a", "b", MORE)), r) for r in (RECORDS, RECORDS + others))
+    assert (more.low, more.high) == pytest.approx(paired(RECORDS[:1], RECORDS[1:2], seeds=spread(others))[1:])
+    assert more.value == alone.value and more.low < alone.low and alone.high < more.high
+
+def test_the_spread_is_that_under_the_perturbation_compared():
+    noise = ("noise", .1)
+    records = [made(n, hits(.5, s), s, under={noise: hits(p, s)}) for n in "ab" for s, p in enumerate((.2, .8))]
+    clean, noisy = (differences(claim(("a", "b", MORE, p, p)), records)[0] for p in (CLEAN, noise))
+    assert noisy.high > 3*clean.high and (clean.value, noisy.value) == (0, 0)
+
+def test_training_accuracies_are_two_independent_proportions():
+    d, = differences(claim(("a", "b", LESS, "training", "training")), RECORDS)
+    half = norm.ppf(.975)*100*math.sqrt((.99*.01 + .9*.1)/N)
+    assert (d.value, d.low, d.high) == pytest.approx((-9, -9 - half, -9 + half)) and "training images" in d.label and d.verdict == "reproduced"
+
+def test_labels_say_what_is_compared():
+    noise, records = ("noise", .1), [made(n, hits(.5), under={("noise", .1): hits(.4)}) for n in "ab"]
+    said = [d.label for d in differences(claim(("a", "b", MORE), ("a", "b", MORE, noise, noise), ("a", "a", LESS, CLEAN, noise)), records)]
+    assert len(set(said)) == 3 and said[0] == "b − a" and "noise 0.1" in said[1] and "clean" in said[2] and "noise 0.1" in said[2]
+
+def test_a_run_that_is_missing_is_named():
+    with pytest.raises(KeyError, match="s / nobody is not on record"): differences(claim(("a", "nobody", MORE)), RECORDS)
+
+@pytest.mark.parametrize("other, said", [(made("c", hits(.5), scale="full"), "records of 2 settings cannot share a statistic"),
+                                         ({**made("a", hits(.5)), "id": "again"}, "is on record with several settings")])
+def test_records_that_do_not_belong_together_are_refused(other, said, monkeypatch):
+    monkeypatch.setattr(claims, "CLAIMS", {"X": claim(("a", "b", MORE))})
+    for f in (lambda r: differences(CLAIMS["C1"], r), ledger, lambda r: summary(r, ["X"]), plot_claims):
+        with pytest.raises(ValueError, match=said): f([*RECORDS, other])
+
+
+# ledger, summary, picture
+
+@pytest.fixture
+def three(monkeypatch):
+    "A claim that is true, one that is false, one that the records cannot decide, and one without records."
+    some = [claim(("a", "b", MORE), ("c", "b", MORE), id="true"), claim(("b", "a", MORE), ("a", "b", MORE), id="false"),
+            claim(("a", "c", MORE), id="open"), claim(("a", "nobody", MORE), ("a", "b", MORE), id="missing")]
+    monkeypatch.setattr(claims, "CLAIMS", {c.id: c for c in some})
+    return RECORDS + [made("z", hits(.5, s), s, section="other") for s in range(3)]
+
+def test_the_ledger_has_a_row_a_comparison(three):
+    rows = ledger(three)
+    assert rows.claim.tolist() == ["true"]*2 + ["false"]*2 + ["open", "missing"]
+    assert rows.verdict.tolist() == ["reproduced"]*2 + ["contradicted"]*2 + ["undecided", "no records"]
+    assert rows["comparison verdict"].tolist()[:5] == ["reproduced"]*2 + ["contradicted", "reproduced", "undecided"]
+    assert rows.comparison.tolist()[:5] == ["b − a", "b − c", "a − b", "b − a", "c − a"] and "nobody is not on record" in rows.comparison[5]
+    value, low, high = paired(three[:1], three[1:2], seeds=spread(three), confidence=.975)
+    assert rows.points[0] == round(value, 1) and rows.interval[0] == f"{low:+.1f} to {high:+.1f}"
+    assert rows.loc[0, ["seeds", "n", "data", "article"]].tolist() == [1, N, "simulated, lite", "a graph"]
+    assert rows.loc[5, ["points", "interval", "seeds", "n", "data"]].isna().all()
+    assert ledger(three, ["open", "true"]).claim.tolist() == ["open", "true", "true"]
+
+def test_the_ledger_counts_the_fewest_seeds(three):
+    more = [made("a", hits(.4, 20 + s), s) for s in (1, 2)] + [made("b", hits(.8, 30 + s), s) for s in (1,)]
+    assert ledger(three + more).seeds.tolist()[:5] == [1, 1, 2, 2, 1]
+
+def test_without_any_run_every_claim_has_a_row_that_says_so():
+    rows = ledger(RECORDS)
+    assert rows.claim.tolist() == list(CLAIMS) and (rows.verdict == "no records").all() and all("is not on record" in c for c in rows.comparison)
+
+def test_a_perturbation_that_is_missing_is_named_in_the_ledger(three, monkeypatch):
+    monkeypatch.setitem(claims.CLAIMS, "open", claim(("a", "b", MORE, ("fog", .5), ("fog", .5)), id="open"))
+    rows = ledger(three, ["open"])
+    assert rows.verdict.tolist() == ["no records"] and "not measured under 'fog' 0.5" in rows.comparison[0]
+
+def test_the_summary_tells_effects_and_verdicts(three):
+    lines = summary(three, ["true", "false", "open", "missing"]).split("\n")
+    assert len(lines) == 4 and all(line.startswith(f"- **{i}**") for i, line in zip(("true", "false", "open", "missing"), lines, strict=True))
+    expected = "**Reproduced**", "**Contradicted**", "**Undecided**", "*no records* (s / nobody is not on record)"
+    assert all(e in line for e, line in zip(expected, lines, strict=True))
+    d = differences(claims.CLAIMS["open"], three)[0]
+    assert f"c − a: {d.value:+.1f} ({d.low:+.1f} to {d.high:+.1f})" in lines[2] and "b is better" in lines[0]
+
+def test_the_short_ledger_has_a_row_a_claim_on_record(three, monkeypatch):
+    monkeypatch.setitem(claims.CLAIMS, "many", claim(*[("a", "b", MORE)]*4, *[("b", "a", LESS)]*4, id="many"))
+    rows = claims.summary_table(three).set_index("claim")
+    found, effects = {i: differences(claims.CLAIMS[i], three) for i in rows.index}, rows["we found (points)"]
+    assert list(found) == ["true", "false", "open", "many"] and rows.verdict.tolist() == [verdict(ds) for ds in found.values()]
+    values = {i: [f"{d.value:+.1f}" for d in ds] for i, ds in found.items()}
+    assert effects["true"] == ", ".join(values["true"]) and effects["many"] == f"8 comparisons, {values['many'][-1]} to {values['many'][0]}"
+
+def test_the_picture_shows_every_comparison_on_record(three):
+    import matplotlib.pyplot as plt
+    ax, found = plot_claims(three), [d for i in ("true", "false", "open") for d in differences(claims.CLAIMS[i], three)]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["true  b − a", "true  b − c", "false  a − b", "false  b − a", "open  c − a"]
+    lines = [c.lines for c in ax.containers if hasattr(c, "has_xerr") and c.has_xerr]
+    assert [float(point.get_xdata()[0]) for point, _, _ in lines] == pytest.approx([d.value for d in found])
+    assert [tuple(bar.get_segments()[0][:, 0]) for _, _, (bar,) in lines] == [pytest.approx((d.low, d.high)) for d in found]
+    assert [point.get_color() for point, _, _ in lines] == ["C2", "C2", "C3", "C2", ".5"]
+    low, high = ax.get_xlim()
+    regions = [(p.get_x(), p.get_x() + p.get_width()) for p in ax.patches]
+    assert low == -high and high > max(d.high for d in found) and regions == [pytest.approx((0, high))]*5
+    axes = plt.figure().gca()
+    assert plot_claims(three, ["open", "missing"], axes) is axes and len(axes.get_yticklabels()) == 1
+    plt.close("all")
+
+def test_a_picture_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no claim has its records"): plot_claims(RECORDS)
+
+
+# the article's claims
+
+@pytest.mark.parametrize("c", CLAIMS.values(), ids=lambda c: c.id)
+def test_claims_are_about_runs_and_perturbations_that_their_section_has(c):
+    names = {r.name for r in SECTIONS[c.section]()}
+    measured = {(p.name, None if math.isnan(p.strength) else p.strength) for p in standard_perturbations() + EXTRA.get(c.section, list)()}
+    assert CLAIMS[c.id] is c and c.statement and c.article and c.comparisons
+    for before, after, region, *where in c.comparisons:
+        assert {before, after} <= names and len(region) == 2 and region[0] < region[1]
+        assert where == ["training", "training"] or (len(where) in (0, 2) and measured.issuperset(where)), where
+        assert before != after or where[0] != where[1], "nothing is compared with itself"
+    assert len(set(c.comparisons)) == len(c.comparisons)
+
+def everything(seeds):
+    "Records of every run that a claim needs, under every perturbation that it needs."
+    out, n = [], 50
+    for section in {c.section for c in CLAIMS.values()}:
+        own = [c for c in CLAIMS.values() if c.section == section]
+        names = dict.fromkeys(name for c in own for comparison in c.comparisons for name in comparison[:2])
+        under = {p for c in own for comparison in c.comparisons for p in comparison[3:] if p not in ("training", CLEAN)}
+        out += [made(name, hits(.5, s, n), s, section, under={p: hits(.4, s, n) for p in under}) for name in names for s in range(seeds)]
+    return out
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_every_claim_has_a_verdict_once_its_runs_are_on_record(seeds):
+    rows = ledger(everything(seeds=seeds))
+    assert rows.claim.value_counts().to_dict() == {c.id: len(c.comparisons) for c in CLAIMS.values()}
+    assert set(rows.verdict) <= {"reproduced", "contradicted", "undecided"} and (rows.seeds == seeds).all()

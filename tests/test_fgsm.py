@@ -1,0 +1,186 @@
+"""Attacks: closed forms on linear models, no side effects, a peer library where it is installed."""
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from robustcv.core import generator, normalized
+from robustcv.data import ImageSet
+from robustcv.fgsm import (apgd, attacking, dlr_towards, fgsm, fold_batchnorm, gradient, pgd, square, strong_attacks, survivors,
+                           transfer_table)
+from robustcv.models import build_model
+
+
+class Linear(nn.Module):
+    "K logits, linear in the pixels."
+    def __init__(self, k=5, seed=0):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(k, 3*8*8, generator=generator(seed)))
+    def forward(self, x): return x.flatten(1) @ self.w.T
+
+@pytest.fixture
+def two(): return Linear(2)
+
+@pytest.fixture
+def x(): return torch.rand(12, 3, 8, 8, generator=generator(1))*.6 + .2
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    net = build_model("resnet18", 5)
+    net(torch.rand(32, 3, 32, 32, generator=generator(2))) # statistics that are not the defaults
+    return net.eval()
+
+@pytest.fixture(scope="module")
+def images(): return torch.rand(8, 3, 32, 32, generator=generator(3))
+
+ATTACKS = {"fgsm": lambda m, x, y, e: fgsm(m, x, y, e), "pgd": lambda m, x, y, e: pgd(m, x, y, e, 4, generator=generator(0)),
+           "pgd l2": lambda m, x, y, e: pgd(m, x, y, e, 4, norm="l2", generator=generator(0)),
+           "apgd": lambda m, x, y, e: apgd(m, x, y, e, 10, generator=generator(0)),
+           "square": lambda m, x, y, e: square(m, x, y, e, 30, generator=generator(0))}
+
+def margin(model, x, y):
+    out = model(x)
+    return (out.gather(1, y[:, None]) - out.gather(1, 1 - y[:, None]))[:, 0].detach()
+
+@pytest.mark.parametrize("attack", [lambda *a: fgsm(*a), lambda *a: pgd(*a, 6), lambda *a: pgd(*a, 3, random_start=False), lambda *a: apgd(*a, 20)])
+def test_the_margin_of_a_linear_model_drops_by_the_l1_norm(two, x, attack):
+    y, w = two(x).argmax(1), (two.w[0] - two.w[1]).detach()
+    torch.testing.assert_close(margin(two, x, y) - margin(two, attack(two, x, y, .05), y), (.05*w.abs().sum()).expand(12), rtol=1e-3, atol=1e-3)
+
+def test_the_margin_drops_by_the_l2_norm_in_the_euclidean_ball(two, x):
+    y, w = two(x).argmax(1), (two.w[0] - two.w[1]).detach()
+    adv = pgd(two, x, y, .1, 3, norm="l2", random_start=False)
+    torch.testing.assert_close(margin(two, x, y) - margin(two, adv, y), (.1*w.norm()).expand(12), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close((adv - x).flatten(1).norm(dim=1), torch.full((12,), .1), rtol=1e-4, atol=0)
+
+def test_targeted_steps_go_towards_the_target(two, x):
+    y = two(x).argmax(1)
+    assert fgsm(two, x, 1 - y, .05, targeted=True).equal(fgsm(two, x, y, .05)) # with two classes, away from one is towards the other
+    assert pgd(two, x, 1 - y, .05, 4, targeted=True, random_start=False).allclose(pgd(two, x, y, .05, 4, random_start=False))
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_leaves_no_trace(net, images, name):
+    model, y = copy.deepcopy(net).train(), torch.arange(8) % 5
+    model.stages[0].requires_grad_(False) if hasattr(model, "stages") and isinstance(model.stages, list) else None
+    model(images).sum().backward()
+    state, grads = copy.deepcopy(model.state_dict()), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    wanted, before, modes = [p.requires_grad for p in model.parameters()], images.clone(), [m.training for m in model.modules()]
+    adv = ATTACKS[name](model, images, y, 4/255)
+    assert not adv.requires_grad and adv.grad_fn is None and images.equal(before) and not images.requires_grad
+    assert all(v.equal(model.state_dict()[k]) for k, v in state.items()) and modes == [m.training for m in model.modules()]
+    assert all((p.grad is None) == (g is None) and (g is None or p.grad.equal(g)) for p, g in zip(model.parameters(), grads, strict=True))
+    assert wanted == [p.requires_grad for p in model.parameters()]
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd", "square"])
+@pytest.mark.parametrize("eps", [0., 3/255, normalized(.1)])
+def test_examples_stay_in_the_box_and_in_range(net, images, name, eps):
+    adv = ATTACKS[name](net, images, torch.arange(8) % 5, eps)
+    assert ((adv - images).abs() <= torch.as_tensor(eps) + 1e-6).all() and 0 <= adv.min() and adv.max() <= 1
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(0, .5), st.integers(1, 4), st.integers(0, 99))
+def test_l2_examples_stay_in_the_ball(eps, steps, seed):
+    x = torch.rand(4, 3, 8, 8, generator=generator(seed))
+    adv = pgd(Linear(3), x, torch.tensor([0, 1, 2, 0]), eps, steps, norm="l2", generator=generator(seed))
+    assert ((adv - x).flatten(1).norm(dim=1) <= eps + 1e-5).all() and 0 <= adv.min() and adv.max() <= 1
+
+def test_a_failing_model_is_put_back_all_the_same(net, images):
+    class Broken(nn.Module):
+        def __init__(self): super().__init__(); self.inner = copy.deepcopy(net)
+        def forward(self, x): raise RuntimeError("broken")
+    model = Broken().train()
+    with pytest.raises(RuntimeError, match="broken"): fgsm(model, images, torch.zeros(8, dtype=torch.long), .1)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_attacks_work_where_gradients_are_off(net, images, mode):
+    y = torch.arange(8) % 5
+    with mode(): adv = fgsm(net, images, y, 4/255)
+    assert adv.equal(fgsm(net, images, y, 4/255))
+
+def test_restarts_keep_the_worst(net, images):
+    y = net(images).argmax(1)
+    loss = lambda adv: nn.functional.cross_entropy(net(adv), y, reduction="none").detach()
+    one, many = (pgd(net, images, y, 2/255, 3, restarts=r, generator=generator(5)) for r in (1, 4))
+    assert (loss(many) >= loss(one) - 1e-5).all()
+
+def test_apgd_is_at_least_as_strong_as_one_step(net, images):
+    y = net(images).argmax(1)
+    loss = lambda adv: nn.functional.cross_entropy(net(adv), y, reduction="none").detach()
+    adv = apgd(net, images, y, 1/255, 40, generator=generator(0)); step = fgsm(net, images, y, 1/255)
+    assert ((loss(adv) >= loss(step) - 1e-2) | (net(adv).argmax(1) != y)).all()
+
+def test_the_targeted_ratio_is_the_formula():
+    out, y, t = torch.tensor([[3., 1., 0., -2., 5.]]), torch.tensor([0]), torch.tensor([1])
+    assert dlr_towards(t)(out, y).item() == pytest.approx(-(3 - 1)/(5 - (1 + 0)/2))
+    assert dlr_towards(t)(10*out, y).item() == pytest.approx(dlr_towards(t)(out, y).item())
+
+def test_folding_changes_nothing_but_the_layers(net, images):
+    folded = fold_batchnorm(net)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) and any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    torch.testing.assert_close(folded(images), net(images), rtol=1e-3, atol=1e-4)
+    assert not any(p.requires_grad for p in folded.parameters())
+    class Branch(nn.Module): # cannot be traced
+        def forward(self, x): return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+    assert fold_batchnorm(Branch())(images).equal(Branch()(images))
+
+def test_survivors_only_ever_shrink_and_see_only_what_is_left():
+    model, x, y = Linear(5), torch.rand(20, 3, 8, 8, generator=generator(4)), torch.arange(20) % 5
+    seen = []
+    def attack(model, x, y, eps, generator): seen.append(len(x)); return x if len(seen) == 1 else 1 - x
+    alive = survivors(model, x, y, .1, {"nothing": attack, "negative": attack})
+    clean = model(x).argmax(1) == y
+    assert alive["clean"].equal(clean) and alive["nothing"].equal(clean) and seen == [int(clean.sum())]*2
+    assert alive["negative"].equal(clean & (model(1 - x).argmax(1) == y))
+    assert list(strong_attacks(5, targets=9)) == ["APGD-CE", *[f"APGD-DLR, target {i}" for i in range(1, 5)], "Square"] and list(strong_attacks(3)) == ["APGD-CE", "Square"]
+
+def test_the_transfer_table_is_what_single_attacks_give(net):
+    other, n = Linear(5), 10
+    small = ImageSet(torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator(6)), torch.arange(n) % 5, tuple("abcde"))
+    models = {"linear": other, "another": Linear(5, seed=1)}
+    table = transfer_table(models, models, small, {"0": 0., "8/255": 8/255}, batch_size=4, device="cpu")
+    assert len(table) == 8 and (table.n == n).all()
+    for r in table.itertuples():
+        adv = fgsm(models[r.source], small.images/255, small.labels, 0. if r.eps == "0" else 8/255)
+        assert r.correct == int((models[r.target](adv).argmax(1) == small.labels).sum()) == r.hits.sum()
+    again = transfer_table(models, models, small, {"8/255": 8/255}, attack=lambda m, x, y, e: fgsm(m, x, y, e), device="cpu")
+    assert again.correct.tolist() == table[table.eps == "8/255"].correct.tolist()
+
+def test_each_example_is_crafted_once_for_all_targets():
+    small, crafted = ImageSet(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.zeros(6, dtype=torch.long), ("a", "b")), []
+    def attack(model, x, y, eps): crafted.append(eps); return x
+    transfer_table({"a": Linear(2), "b": Linear(2)}, {n: Linear(2) for n in "cdef"}, small, {"1": .1, "2": .2}, attack, device="cpu")
+    assert crafted == [.1, .2, .1, .2]
+
+@pytest.mark.parametrize("call, word", [
+    (lambda m, x, y: fgsm(m, x, y, 8), "eps=8"), (lambda m, x, y: fgsm(m, x, y, -.1), "eps=-0.1"), (lambda m, x, y: fgsm(m, x, y, float("nan")), "eps"),
+    (lambda m, x, y: fgsm(m, x, y, torch.ones(2)), "eps"), (lambda m, x, y: fgsm(m, x*255, y), "images"), (lambda m, x, y: fgsm(m, x - .5, y), "images"),
+    (lambda m, x, y: fgsm(m, x, y[:3]), "labels"), (lambda m, x, y: fgsm(m, x, y.float()), "labels"), (lambda m, x, y: fgsm(m, x, y + 99), "labels"),
+    (lambda m, x, y: fgsm(m, x[:0], y[:0]), "images"), (lambda m, x, y: pgd(m, x, y, norm="l1"), "norm"), (lambda m, x, y: pgd(m, x, y, steps=0), "steps"),
+    (lambda m, x, y: pgd(m, x, y, restarts=0), "restarts"), (lambda m, x, y: pgd(m, x, y, restarts=2, random_start=False), "restarts"),
+    (lambda m, x, y: pgd(m, x, y, normalized(.1), norm="l2"), "eps"), (lambda m, x, y: square(m, x, y, queries=0), "queries"),
+    (lambda m, x, y: square(m, x, y, p=0), "p=0"), (lambda m, x, y: transfer_table({}, {"a": m}, None, {"1": 1}), "sources")])
+def test_bad_input_names_the_argument(x, call, word):
+    with pytest.raises(ValueError, match=word): call(Linear(5), x, torch.arange(12) % 5)
+
+def test_a_model_without_a_gradient_is_refused(x):
+    class Step(nn.Module):
+        def forward(self, x): return x.flatten(1)[:, :5].detach().round()
+    with pytest.raises(ValueError, match="gradient"): fgsm(Step(), x, torch.arange(12) % 5, .1)
+
+def test_gradient_is_autograds(net, images):
+    y = torch.arange(8) % 5
+    with attacking(net): g, loss, out = gradient(net, images, y)
+    z = images.clone().requires_grad_(True); each = nn.functional.cross_entropy(net(z), y, reduction="none")
+    torch.testing.assert_close(g, torch.autograd.grad(each.sum(), z)[0], rtol=1e-4, atol=1e-7); torch.testing.assert_close(loss, each.detach()); torch.testing.assert_close(out, net(images).detach())
+
+def test_fgsm_and_pgd_are_a_peers(net, images):
+    torchattacks = pytest.importorskip("torchattacks")
+    y = torch.arange(8) % 5
+    assert (fgsm(net, images, y, 8/255) - torchattacks.FGSM(net, 8/255)(images, y)).abs().max() < 1e-6
+    theirs = torchattacks.PGD(net, 8/255, 2/255, 5, random_start=False)(images, y)
+    assert (pgd(net, images, y, 8/255, 5, 2/255, random_start=False) - theirs).abs().max() < 1e-6
