@@ -6,7 +6,7 @@
 __all__ = ['app', 'data_app', 'command', 'get', 'synthetic', 'info', 'train', 'evaluate_model', 'run', 'demo', 'figures',
            'claims', 'main']
 
-# %% ../nbs/40_command_line.ipynb #2b44fa75
+# %% ../nbs/40_command_line.ipynb #190bb9a4
 import functools, json, os, sys, warnings
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from .core import SCALES, atomic_path, choose, device_name, load_records, pick_d
 from .data import load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, unpack
-from .experiments import SECTIONS, caption, draw_figures, run_section, scale_data, table
+from .experiments import SECTIONS, caption, run_section, scale_data, table
+from .figures import draw_figures
 from .models import build_model, load_model, save_model
 from .synthetic import make_synthetic
 from .training import Training, fit

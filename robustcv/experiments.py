@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'EXTRA', 'Run', 'baseline', 'color_jitter', 'random_erase', 'scale_data', 'describe_data', 'train_run',
-           'run_section', 'one_setting', 'table', 'caption', 'markdown', 'pool', 'by_name', 'filters', 'plot_runs',
-           'plot_fields', 'plot_occlusion', 'draw_figures']
+           'run_section', 'one_setting', 'table', 'caption', 'markdown', 'pool', 'by_name', 'filters']
 
-# %% ../nbs/20_experiments.ipynb #9023db6a
+# %% ../nbs/20_experiments.ipynb #a58e65a5
 import base64, time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -21,14 +20,14 @@ from scipy.stats import norm
 from torchvision.transforms import v2
 
 from .color_jitter import ColorJitter
-from .core import (COLORS, SCALES, Scale, append_record, choose, derive_seed, describe, load_records, make_record, model_colors, pick_device,
-                           run_id, seed_everything, set_style)
-from .data import ImageSet, cache_folder, load_data, show_images, subset
-from .evaluation import color_perturbations, erase_perturbations, evaluate, pack, plot_bars, show_perturbations, standard_perturbations, unpack
+from .core import (SCALES, Scale, append_record, choose, derive_seed, describe, load_records, make_record, pick_device, run_id,
+                           seed_everything)
+from .data import ImageSet, cache_folder, load_data, subset
+from .evaluation import color_perturbations, erase_perturbations, evaluate, pack, standard_perturbations, unpack
 from .models import build_model, first_conv, save_model
 from .random_erase import GaussianDistortion, RandomErase
 from .synthetic import make_synthetic
-from .training import Training, cross_entropy, fit, plot_history
+from .training import Training, cross_entropy, fit
 from .transforms import (Compose, Pad, PerImage, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
                                  RandomRotation, RandomVerticalFlip)
 
@@ -206,91 +205,3 @@ def filters(record:dict) -> torch.Tensor: # (O,3,k,k)
     "The first-layer filters that a record holds."
     f = record["metrics"]["filters"]
     return torch.from_numpy(np.frombuffer(base64.b64decode(f["float16"]), "<f2").reshape(f["shape"]).astype(np.float32))
-
-# %% ../nbs/20_experiments.ipynb #6ab63dcd
-def plot_runs(records:list, # of one section, scale and data set
-              perturbation:tuple=("clean", None), # and its strength
-              ax=None, # matplotlib axes; None: new ones
-             ): # the axes
-    "Validation accuracy of every run with its 95 % interval over images (filled), and training accuracy (hollow)."
-    import matplotlib.pyplot as plt
-    runs = by_name(one_setting(records))
-    ax = ax or plt.subplots(figsize=(6.5, .24*len(runs) + .8))[1]
-    for y, (name, rs) in enumerate(runs.items()):
-        t = pool(rs)
-        row = t[(t.perturbation == perturbation[0]) & ((t.strength == perturbation[1]) | t.strength.isna())].iloc[0]
-        color = model_colors([name])[name] if name in COLORS else "C0"
-        ax.errorbar(row.accuracy, y, xerr=[[row.accuracy - row.low], [row.high - row.accuracy]], marker="o", markersize=5, color=color, lw=1.2)
-        ax.plot(np.mean([r["metrics"]["train_accuracy"] for r in rs]), y, marker="o", markersize=5, markerfacecolor="none", color=color)
-        if y == 0: ax.axvline(row.accuracy, color=color, lw=.8, ls=":", zorder=0)
-    ax.set_yticks(range(len(runs)), list(runs), fontsize=8); ax.invert_yaxis(); ax.grid(False, axis="y")
-    what = " ".join(str(p) for p in perturbation if p is not None)
-    ax.set(xlabel="accuracy (%)", xlim=(None, 101), title=f"filled: validation, {what}; hollow: training; dotted: {next(iter(runs))}")
-    return ax
-
-def plot_fields(records:list, # of the section `color_jitter`
-                axes=None, # four matplotlib axes; None: new ones
-               ): # the axes
-    "Validation and training accuracy against the strength of each field of colour jitter."
-    import matplotlib.pyplot as plt
-    runs = by_name(one_setting(records))
-    axes = plt.subplots(1, 4, figsize=(11, 2.8), sharey=True, layout="constrained")[1] if axes is None else axes
-    for ax, field_name in zip(axes, ("contrast", "brightness", "saturation", "hue"), strict=True):
-        rows = sorted([(0., runs.get("baseline", []))] + [(float(n.split()[1]), rs) for n, rs in runs.items() if n.split()[0] == field_name])
-        rows = [(v, pool(rs).iloc[0], np.mean([r["metrics"]["train_accuracy"] for r in rs])) for v, rs in rows if rs]
-        ax.set(xlabel=f"{field_name} jitter", ylim=(0, 101))
-        if not rows: continue # not on record
-        v, t = [r[0] for r in rows], pd.DataFrame([r[1] for r in rows])
-        ax.plot(v, t.accuracy, marker="o", markersize=4, color="C0", label="validation")
-        ax.fill_between(v, t.low.astype(float), t.high.astype(float), color="C0", alpha=.2, lw=0)
-        ax.plot(v, [r[2] for r in rows], marker="o", markersize=4, markerfacecolor="none", ls="--", color="C0", label="training")
-        ax.legend(fontsize=8, loc="center right")
-    axes[0].set_ylabel("accuracy (%)")
-    return axes
-
-# %% ../nbs/20_experiments.ipynb #7e94c142
-def plot_occlusion(records:list, # of the section `random_erase`
-                   names:tuple=("baseline", "E"), # of runs
-                  ): # the figure
-    "Accuracy by the place of a gray square: a row a size, a column a model, and what the last model gains over the first."
-    import matplotlib.pyplot as plt, seaborn as sns
-    runs, maps = by_name(one_setting(records)), {}
-    for n in names:
-        t = pool(runs[n]); t = t[t.perturbation.str.startswith("occlusion at")]
-        at = t.perturbation.str.removeprefix("occlusion at ").str.split(", ", expand=True).astype(float)
-        maps[n] = {s: t.assign(row=at[0], column=at[1])[t.strength == s].pivot(index="row", columns="column", values="accuracy") for s in sorted(t.strength.unique())}
-    sides = list(maps[names[0]])
-    fig, axes = plt.subplots(len(sides), len(names) + 1, figsize=(2.7*(len(names) + 1), 2.3*len(sides)), squeeze=False, layout="constrained")
-    low, high = (f(m.to_numpy().min() if f is min else m.to_numpy().max() for ms in maps.values() for m in ms.values()) for f in (min, max))
-    for row, side in zip(axes, sides, strict=True):
-        for ax, name in zip(row, names, strict=False): sns.heatmap(maps[name][side], ax=ax, vmin=low, vmax=high, cmap="viridis", annot=True, fmt=".0f", cbar=False)
-        gain = maps[names[-1]][side] - maps[names[0]][side]
-        sns.heatmap(gain, ax=row[-1], cmap="vlag_r", center=0, annot=True, fmt="+.0f", cbar=False)
-        for ax, name in zip(row, [*names, f"{names[-1]} − {names[0]} (points)"], strict=True):
-            ax.set(title=f"{name}, side {side:g}", xlabel="", ylabel="", xticks=[], yticks=[], aspect="equal")
-    return fig
-
-# %% ../nbs/20_experiments.ipynb #9d41f765
-def draw_figures(records:list, # of one section, scale and data set
-                 folder, # where the PNG files go
-                 images:ImageSet|None=None, # for a picture of the perturbations
-                ) -> list: # paths
-    "The figures of a section as PNG files named after section and scale."
-    import matplotlib.pyplot as plt
-    set_style()
-    r, folder, out = one_setting(records)[0], Path(folder), []
-    folder.mkdir(parents=True, exist_ok=True)
-    def keep(name, fig): out.append(folder/f"{r['section']}-{r['scale']}-{name}.png"); fig.savefig(out[-1]); plt.close(fig)
-    runs = by_name(records)
-    if len(runs) <= 3:
-        histories = {n: pd.DataFrame(sum((x["metrics"]["history"] for x in rs), [])).groupby("epoch", as_index=False).mean() for n, rs in runs.items()}
-        keep("curves", plot_history(histories).figure)
-        standard = {p.name for p in standard_perturbations()}
-        keep("perturbations", plot_bars({n: (t := pool(rs))[t.perturbation.isin(standard)] for n, rs in runs.items()}).figure)
-    else: keep("runs", plot_runs(records).figure)
-    if r["section"] == "color_jitter": keep("fields", plot_fields(records)[0].figure)
-    if r["section"] == "random_erase" and {"baseline", "E"} <= set(runs): keep("occlusion", plot_occlusion(records))
-    w = filters(r)
-    keep("filters", show_images(.5 + .5*w/w.abs().amax((1, 2, 3), keepdim=True), columns=16, size=.5))
-    if images is not None: keep("examples", show_perturbations(images.images[torch.linspace(0, len(images) - 1, 4).long()], standard_perturbations()[::2]))
-    return out

@@ -15,8 +15,9 @@ from robustcv import experiments
 from robustcv.core import SCALES, append_record, describe, load_records
 from robustcv.data import load_tiny_imagenet
 from robustcv.evaluation import COLUMNS, Perturbation, standard_perturbations, unpack
-from robustcv.experiments import (Run, baseline, by_name, caption, describe_data, draw_figures, filters, one_setting, plot_fields, plot_occlusion,
-                                  plot_runs, pool, run_section, scale_data, table)
+from robustcv.experiments import (Run, baseline, by_name, caption, describe_data, filters, one_setting, pool, run_section,
+                                  scale_data, table)
+from robustcv.figures import draw_figures, plot_fields, plot_occlusion, plot_runs
 from robustcv.models import load_model
 from robustcv.training import Training, cross_entropy
 from robustcv.transforms import RandomHorizontalFlip
