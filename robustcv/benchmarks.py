@@ -94,7 +94,10 @@ def _quiet_worker(_):
     import cv2
     cv2.setNumThreads(0) # two workers share the cores; OpenCV's threads would fight for them
 
-# %% ../nbs/30_benchmarks.ipynb #52fcdf27
+# %% ../nbs/30_benchmarks.ipynb #aff8e486
+def _drain(batches):
+    for _ in batches: pass
+
 def _albumentations(n):
     "An epoch over n images with two workers that stay, as a function; None without albumentations."
     try: import albumentations as A
@@ -103,7 +106,7 @@ def _albumentations(n):
                          A.D4(p=1), A.Erasing(scale=(.02, .33), ratio=(.3, 3.3), fill="random", p=.5), A.ToTensorV2()])
     pixels = torch.randint(0, 256, (n, 64, 64, 3), dtype=torch.uint8, generator=generator(0)).numpy()
     loader = torch.utils.data.DataLoader(_Images(pixels, augment), 256, num_workers=2, persistent_workers=True, worker_init_fn=_quiet_worker)
-    return lambda: [batch.float()/255 for batch in loader]
+    return lambda: _drain(batch.float()/255 for batch in loader)
 
 def pipeline(data, rounds=9, n=256, served=4096):
     "Jitter, flip, crop, symmetry and erasing in one composition, against albumentations with two workers and torchvision's v2 for each image."
@@ -111,17 +114,14 @@ def pipeline(data, rounds=9, n=256, served=4096):
     ours = {order: Compose(ColorJitter(.4, .4, .4, .1, order), RandomHorizontalFlip(), crop, _Symmetry(), RandomErase()) for order in ("sample", "chunk")}
     each = v2.Compose([v2.ColorJitter(.4, .4, .4, .1), v2.RandomHorizontalFlip(), v2.RandomCrop(64, 4), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
                        v2.RandomErasing(value="random")])
-    candidates = {**{order: partial(op, x) for order, op in ours.items()}, "torchvision v2, each image": lambda: [each(i) for i in x], "floor": x.clone}
-    if epoch := _albumentations(served): candidates["albumentations, 2 workers"] = epoch
+    epoch = lambda op: lambda: _drain(op(x) for _ in range(served//n))
+    candidates = {**{order: epoch(op) for order, op in ours.items()}, "torchvision v2, each image": epoch(lambda x: [each(i) for i in x]), "floor": epoch(torch.clone)}
+    if peer := _albumentations(served): candidates["albumentations, 2 workers"] = peer
     seconds = interleave(candidates, rounds)
-    if epoch: seconds["albumentations, 2 workers"] *= n/served
     for order in ours:
-        yield line(f"pipeline/order per {order}", {"ours": seconds[order], **{k: s for k, s in seconds.items() if k not in ours}}, n, rounds)
+        yield line(f"pipeline/order per {order}", {"ours": seconds[order], **{k: s for k, s in seconds.items() if k not in ours}}, served, rounds)
 
-# %% ../nbs/30_benchmarks.ipynb #20b1ccac
-def _drain(batches):
-    for _ in batches: pass
-
+# %% ../nbs/30_benchmarks.ipynb #fa57e9d6
 def _image_folder(root):
     "torchvision's loader of the training files."
     from torchvision import datasets, transforms as T

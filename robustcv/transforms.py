@@ -285,10 +285,10 @@ def gaussian_blur(x:Tensor, # (B,3,H,W)
     x = F.pad(x, (half,)*4, mode="reflect").reshape(1, b*c, h + 2*half, w + 2*half)
     return F.conv2d(F.conv2d(x, kernel, groups=b*c), kernel.transpose(2, 3), groups=b*c).view(b, c, h, w)
 
-# %% ../nbs/02_transforms.ipynb #70463b0d
+# %% ../nbs/02_transforms.ipynb #8b5aca6f
 class Compose(Transform):
     "Apply transforms one after the other, all fed by one generator."
-    chunk = 32
+    chunk = 64
 
     def __init__(self,
                  *transforms, # modules called as `t(x, generator)`

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 from scipy.stats import norm, t as student
 
 from robustcv import claims
-from robustcv.claims import CLAIMS, CLEAN, LESS, MORE, Claim, Difference, differences, ledger, paired, plot_claims, spread, summary, verdict, widened
+from robustcv.claims import CLAIMS, CLEAN, LESS, MORE, Claim, Difference, differences, ledger, paired, plot_claims, seed_spread, spread, summary, verdict, widened
 from robustcv.evaluation import compare, standard_perturbations
 from robustcv.experiments import EXTRA, SECTIONS
 
@@ -117,6 +117,14 @@ def test_the_spread_is_that_of_the_measure_and_of_the_runs_that_have_it():
     assert spread(records, lambda r: r["metrics"]["train_accuracy"] if r["name"] == "a" else None) == (pytest.approx(10.), 2)
     assert spread(records, lambda r: None) == (0., 0)
 
+def test_two_seeds_of_one_run_are_not_enough_to_tell_the_spread_of_a_perturbation():
+    records = [made(n, np.arange(10) < k, s) for n in "abc" for s, k in enumerate((4, 6, 8))]
+    records += [made("d", np.arange(10) < 5, s, under={("noise", .1): np.arange(10) < 5 + s}) for s in range(2)]
+    sd, df = spread(records)
+    assert df == 7 and seed_spread(records) == (sd, 7) and sd == pytest.approx(math.sqrt(3*8/7)*10)
+    assert seed_spread(records, ("noise", .1)) == (pytest.approx(math.sqrt((sd**2*7 + 50)/8)), 7), "pooled with what is known better"
+    assert seed_spread(records[-2:]) == (pytest.approx(5.), 1) and seed_spread(records[-1:]) == (0., 0)
+
 
 # claims on records
 
@@ -141,7 +149,7 @@ def test_the_seeds_of_other_runs_and_sections_count_for_the_spread():
 
 def test_the_spread_is_that_under_the_perturbation_compared():
     noise = ("noise", .1)
-    records = [made(n, hits(.5, s), s, under={noise: hits(p, s)}) for n in "ab" for s, p in enumerate((.2, .8))]
+    records = [made(n, hits(.5, s), s, under={noise: hits(p, s)}) for n in "ab" for s, p in enumerate((.2, .8, .2, .8))]
     clean, noisy = (differences(claim(("a", "b", MORE, p, p)), records)[0] for p in (CLEAN, noise))
     assert noisy.high > 3*clean.high and (clean.value, noisy.value) == (0, 0)
 

@@ -170,18 +170,18 @@ def test_the_orders_are_uniform_and_independent_of_the_neighbour():
     assert chisquare(k.bincount(minlength=24)).pvalue > 1e-3
     assert chisquare((24*k[::2] + k[1::2]).bincount(minlength=24*24)).pvalue > 1e-3
 
-def test_a_chunk_s_order_comes_in_runs_of_32():
-    p = ColorJitter(.4, .4, .4, .1, "chunk").draw(torch.zeros(32*2400 + 7, 3, 1, 1), gen())
+def test_a_chunk_s_order_comes_in_runs_of_64():
+    p = ColorJitter(.4, .4, .4, .1, "chunk").draw(torch.zeros(64*2400 + 7, 3, 1, 1), gen())
     k = number(p["order"])
-    assert len(k) == 32*2400 + 7 and (k[-7:] == k[-1]).all()
-    runs = k[:-7].view(2400, 32)
+    assert len(k) == 64*2400 + 7 and (k[-7:] == k[-1]).all()
+    runs = k[:-7].view(2400, 64)
     assert (runs == runs[:, :1]).all() and chisquare(runs[:, 0].bincount(minlength=24)).pvalue > 1e-3
     assert all(len(p[name].unique()) > 10_000 for name in ADJUST), "the factors stay an image's own"
 
 def test_within_a_chunk_equal_images_differ_by_their_factors_only():
-    x = batch(1, 4, 4).expand(32, -1, -1, -1)
+    x = batch(1, 4, 4).expand(64, -1, -1, -1)
     y = ColorJitter(brightness=.5, order="chunk")(x, gen())
-    assert len({tuple(i.flatten().tolist()) for i in y}) == 32
+    assert len({tuple(i.flatten().tolist()) for i in y}) == 64
 
 @pytest.mark.parametrize("t", [ColorJitter(.4, .8, .1, .25), ColorJitter(5, (0, 2), (.5, 3), (-.1, .3)), ColorJitter(.4, .4, .4, .1, "chunk")],
                          ids=str)
