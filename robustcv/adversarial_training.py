@@ -105,7 +105,7 @@ def trades_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
     kl = F.kl_div(moved.log_softmax(1), out.log_softmax(1), reduction="batchmean", log_target=True)
     return F.cross_entropy(out, batch.labels, label_smoothing=0.1) + beta*kl
 
-# %% ../nbs/13_adversarial_training.ipynb #86f5061b
+# %% ../nbs/13_adversarial_training.ipynb #e3b34365
 def _ascend(model, x, radius, steps, size, loss):
     "Signed-gradient steps from a random start, in the precision of training."
     adv = (x + radius*(torch.rand_like(x)*2 - 1)).clamp_(0, 1)
@@ -121,17 +121,16 @@ class FreeAdversarial:
     eps:float|Tensor|None=None # L-inf radius in pixel units, or one per channel; None: normalized(0.2)
 
     def __call__(self, model, batch, backward):
-        radius = _radius(self.eps, batch.images)
-        last = getattr(self, "_delta", None) # the perturbation goes on from batch to batch
-        fits = last is not None and last.shape == batch.images.shape
-        delta = (last.to(batch.images) if fits else torch.zeros_like(batch.images)).requires_grad_(True)
+        radius, now = _radius(self.eps, batch.images), (id(model), batch.epoch, batch.images.shape)
+        goes_on = getattr(self, "_from", None) == now # the perturbation goes on from batch to batch, within an epoch
+        delta = (self._delta.to(batch.images) if goes_on else torch.zeros_like(batch.images)).requires_grad_(True)
         loss = _mean_loss(model, (batch.images + delta).clamp(0, 1), batch.labels)
         backward(loss)
         step = delta.detach() + radius*delta.grad.sign()
-        self._delta = torch.maximum(torch.minimum(step, radius), -radius)
+        self._delta, self._from = torch.maximum(torch.minimum(step, radius), -radius), now
         return loss.detach().requires_grad_(True) # a number whose gradient is there already
 
-# %% ../nbs/13_adversarial_training.ipynb #bbbb2da0
+# %% ../nbs/13_adversarial_training.ipynb #ca97ffc3
 @dataclass
 class WarmUp:
     "Clean epochs first, then another objective."
@@ -155,11 +154,11 @@ class WatchPGD:
     def __call__(self, model, batches):
         right = seen = 0
         for b in batches:
-            x, y = b.images[:self.images - seen], b.labels[:self.images - seen]
+            few = slice(None, None, -(-len(batches.data)//self.images)) # evenly spread: the images are sorted by class
+            x, y = b.images[few], b.labels[few]
             adv = pgd(model, x, y, self.eps, self.steps)
             with attacking(model), torch.no_grad(): right += int((model(adv).argmax(1) == y).sum())
             seen += len(y)
-            if seen >= self.images: break
         now = 100*right/seen
         if now < self.best/2 and self.best - now > 5:
             warnings.warn(f"accuracy under PGD fell to {now:.1f} %, after {self.best:.1f} % at its best: catastrophic overfitting", CollapseWarning, stacklevel=2)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'Perturbation', 'add_noise', 'occlude', 'standard_perturbations', 'color_perturbations',
-           'erase_perturbations', 'show_perturbations', 'TrustWarning', 'check_trust', 'evaluate', 'wilson', 'compare',
-           'pack', 'unpack', 'plot_bars', 'plot_strength', 'plot_confusions']
+           'erase_perturbations', 'attack_perturbations', 'random_signs', 'show_perturbations', 'TrustWarning',
+           'check_trust', 'evaluate', 'wilson', 'compare', 'pack', 'unpack', 'plot_bars', 'plot_strength',
+           'plot_confusions']
 
-# %% ../nbs/05_evaluation.ipynb #cceaa2f1
+# %% ../nbs/05_evaluation.ipynb #9fd31dce
 import base64, math, time, warnings
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
 from .core import derive_seed, model_colors, normalized, pick_device
-from .data import Batches, ImageSet, show_images
+from .data import Batches, ImageSet, show_images, take
+from .fgsm import fgsm, fold_batchnorm, pgd, strong_attacks, worst_case
 from .random_erase import RandomErase
 from .training import autocast
 from .transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip, gaussian_blur
 
-# %% ../nbs/05_evaluation.ipynb #6b2952c0
+# %% ../nbs/05_evaluation.ipynb #cf3e4cf4
 @dataclass(frozen=True)
 class Perturbation:
     "A named change of the evaluation images, of some strength."
@@ -33,6 +35,8 @@ class Perturbation:
     apply:object # (images, labels, model) -> images, both float (B,3,H,W) in [0,1]
     strength:float = math.nan # for plots of accuracy against strength
     unit:str = "" # of the strength
+    most:int|None = None # images that are measured, evenly spread over all; None: all
+    fp32:bool = False # predict in float32, so that the narrow successes of an attack count
 
 def _still(f, *args, **kwargs): return lambda x, y, model: f(x, *args, **kwargs)
 def add_noise(x:Tensor, std) -> Tensor:
@@ -90,6 +94,26 @@ def erase_perturbations(places:int=5, # of the square's centre along each side
             Perturbation("augmented: flip + crop + erase", lambda x, y, model: Compose(*own["flip + erase"])(crop(x, y, model))),
             *[Perturbation(f"occlusion at {r:g}, {c:g}", _still(occlude, s, (r, c)), s, "side of the square / image") for s in sides for r in centres for c in centres]]
 
+# %% ../nbs/05_evaluation.ipynb #638dd59f
+def attack_perturbations(sources=None, # name to a `Transferred` network
+                         eps=(.05, .1, .2, .3, .4), # radii, normalised units
+                        ) -> list[Perturbation]:
+    "FGSM, on the network itself and from others, random signs of the same size, PGD with 20 steps, and the strong attacks on 200 images."
+    P = partial(Perturbation, unit="ε, normalised", fp32=True)
+    def attack(f, e, **kwargs): return lambda x, y, model: f(fold_batchnorm(model), x, y, normalized(e), **kwargs)
+    def lend(source, e): return lambda x, y, model: source(x, y, normalized(e))
+    return [*[P("random signs", _still(random_signs, normalized(e)), e) for e in eps], *[P("FGSM", attack(fgsm, e), e) for e in eps],
+            *[P(f"FGSM from {name}", lend(source, e), e) for name, source in (sources or {}).items() for e in eps],
+            *[P("PGD-20", attack(pgd, e), e) for e in (.1, .2)], P("strong attacks", attack(_strong, .2), .2, most=200)]
+
+def random_signs(x, eps):
+    "Noise of the size of an FGSM example's, without its direction."
+    return (x + eps.to(x)*torch.randint_like(x, 2).mul_(2).sub_(1)).clamp(0, 1)
+
+def _strong(model, x, y, eps):
+    with torch.no_grad(): classes = model(x[:1]).shape[1]
+    return worst_case(model, x, y, eps, strong_attacks(classes, queries=1000))[0]
+
 # %% ../nbs/05_evaluation.ipynb #6530d00b
 def show_perturbations(images:Tensor, # uint8 (N,3,H,W), one row each
                        perturbations:list, # of `Perturbation`, one column each
@@ -129,7 +153,7 @@ def check_trust(model:nn.Module, # to be evaluated
         warn("the outputs are probabilities: attacks need logits, saturated probabilities have no gradient")
     return out.shape[1]
 
-# %% ../nbs/05_evaluation.ipynb #83541989
+# %% ../nbs/05_evaluation.ipynb #27b3227e
 COLUMNS = ["perturbation", "strength", "unit", "correct", "n", "accuracy", "low", "high", "seconds", "hits", "predicted"]
 
 def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
@@ -150,7 +174,8 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
         with torch.random.fork_rng([device] if device.type == "cuda" else []): outputs = check_trust(model, first.images[:8], first.labels[:8])
         if outputs < len(images.classes): raise ValueError(f"model: has {outputs} outputs, {images.name} has {len(images.classes)} classes")
         model.eval().to(memory_format=torch.channels_last)
-        rows = [_measure(model, batches, p, precision, seed) for p in perturbations]
+        few = lambda n: Batches(take(images, torch.linspace(0, len(images) - 1, n).long()), batch_size, device=device)
+        rows = [_measure(model, few(p.most) if p.most and p.most < len(images) else batches, p, "fp32" if p.fp32 else precision, seed) for p in perturbations]
     finally:
         for m, was in mode.items(): m.training = was
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -9,7 +9,7 @@ from torch import nn
 
 from robustcv.core import generator, normalized
 from robustcv.data import ImageSet
-from robustcv.fgsm import (apgd, attacking, dlr_towards, fgsm, fold_batchnorm, gradient, pgd, square, strong_attacks, survivors,
+from robustcv.fgsm import (apgd, attacking, dlr_towards, fgsm, fold_batchnorm, gradient, pgd, square, strong_attacks, worst_case,
                            transfer_table)
 from robustcv.models import build_model
 
@@ -132,10 +132,12 @@ def test_survivors_only_ever_shrink_and_see_only_what_is_left():
     model, x, y = Linear(5), torch.rand(20, 3, 8, 8, generator=generator(4)), torch.arange(20) % 5
     seen = []
     def attack(model, x, y, eps, generator): seen.append(len(x)); return x if len(seen) == 1 else 1 - x
-    alive = survivors(model, x, y, .1, {"nothing": attack, "negative": attack})
+    worst, alive = worst_case(model, x, y, .1, {"nothing": attack, "negative": attack})
     clean = model(x).argmax(1) == y
     assert alive["clean"].equal(clean) and alive["nothing"].equal(clean) and seen == [int(clean.sum())]*2
     assert alive["negative"].equal(clean & (model(1 - x).argmax(1) == y))
+    turned = clean & ~alive["negative"]
+    assert turned.any() and worst.equal(torch.where(turned.view(-1, 1, 1, 1), 1 - x, x)), "adversarial where it worked, else the image"
     assert list(strong_attacks(5, targets=9)) == ["APGD-CE", *[f"APGD-DLR, target {i}" for i in range(1, 5)], "Square"] and list(strong_attacks(3)) == ["APGD-CE", "Square"]
 
 def test_the_transfer_table_is_what_single_attacks_give(net):
