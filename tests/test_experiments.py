@@ -181,7 +181,7 @@ def test_the_runs_of_a_section_have_names_and_settings_of_their_own(section):
     runs = experiments.SECTIONS[section]()
     assert len({r.name for r in runs}) == len(runs) == len({json.dumps(describe(replace(r, name="")), sort_keys=True) for r in runs})
     assert all(r.section == section for r in runs)
-    assert any(r.transform is None and r.objective is cross_entropy for r in runs), "one has nothing of it all"
+    assert any(r.objective is cross_entropy for r in runs), "one has none of the section's objectives"
 
 AUGMENTED = [r for section in experiments.SECTIONS.values() for r in section() if r.transform is not None]
 
