@@ -130,12 +130,12 @@ class FreeAdversarial:
         self._delta, self._from = torch.maximum(torch.minimum(step, radius), -radius), now
         return loss.detach().requires_grad_(True) # a number whose gradient is there already
 
-# %% ../nbs/13_adversarial_training.ipynb #ca97ffc3
+# %% ../nbs/13_adversarial_training.ipynb #39f2ed3c
 @dataclass
 class WarmUp:
     "Clean epochs first, then another objective."
     objective:object # objective(model, batch, backward) -> loss
-    epochs:int=2 # clean ones
+    epochs:int=1 # clean ones
 
     def __call__(self, model, batch, backward):
         return _mean_loss(model, batch.images, batch.labels) if batch.epoch < self.epochs else self.objective(model, batch, backward)

@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'Perturbation', 'add_noise', 'occlude', 'standard_perturba
            'check_trust', 'evaluate', 'wilson', 'compare', 'pack', 'unpack', 'plot_bars', 'plot_strength',
            'plot_confusions']
 
-# %% ../nbs/05_evaluation.ipynb #9fd31dce
+# %% ../nbs/05_evaluation.ipynb #1fc1b239
 import base64, math, time, warnings
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from .core import derive_seed, model_colors, normalized, pick_device
 from .data import Batches, ImageSet, show_images, take
-from .fgsm import fgsm, fold_batchnorm, pgd, strong_attacks, worst_case
+from .fgsm import Transferred, fold_batchnorm, pgd, strong_attacks, worst_case
 from .random_erase import RandomErase
 from .training import autocast
 from .transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip, gaussian_blur
@@ -94,25 +94,27 @@ def erase_perturbations(places:int=5, # of the square's centre along each side
             Perturbation("augmented: flip + crop + erase", lambda x, y, model: Compose(*own["flip + erase"])(crop(x, y, model))),
             *[Perturbation(f"occlusion at {r:g}, {c:g}", _still(occlude, s, (r, c)), s, "side of the square / image") for s in sides for r in centres for c in centres]]
 
-# %% ../nbs/05_evaluation.ipynb #638dd59f
+# %% ../nbs/05_evaluation.ipynb #11fb9c12
 def attack_perturbations(sources=None, # name to a `Transferred` network
-                         eps=(.05, .1, .2, .3, .4), # radii, normalised units
+                         eps=(.05, .1, .2, .3, .4), # radii of the single-step attacks, normalised units
+                         most=(500, 200), # images for PGD and for the strong attacks
+                         **strong, # see `strong_attacks`; by default Square has 1,000 queries
                         ) -> list[Perturbation]:
-    "FGSM, on the network itself and from others, random signs of the same size, PGD with 20 steps, and the strong attacks on 200 images."
-    P = partial(Perturbation, unit="ε, normalised", fp32=True)
-    def attack(f, e, **kwargs): return lambda x, y, model: f(fold_batchnorm(model), x, y, normalized(e), **kwargs)
-    def lend(source, e): return lambda x, y, model: source(x, y, normalized(e))
-    return [*[P("random signs", _still(random_signs, normalized(e)), e) for e in eps], *[P("FGSM", attack(fgsm, e), e) for e in eps],
-            *[P(f"FGSM from {name}", lend(source, e), e) for name, source in (sources or {}).items() for e in eps],
-            *[P("PGD-20", attack(pgd, e), e) for e in (.1, .2)], P("strong attacks", attack(_strong, .2), .2, most=200)]
+    "FGSM, on the network itself and from others, random signs of the same size, and at 0.2 PGD with 20 steps and the strong attacks."
+    P, own = partial(Perturbation, unit="ε, normalised", fp32=True), {}
+    def single(e, source): return lambda x, y, model: (source or own.setdefault(id(model), Transferred(model)))(x, y, normalized(e))
+    def iterated(attack, **kwargs): return lambda x, y, model: attack(fold_batchnorm(model), x, y, normalized(.2), **kwargs)
+    lent = {"FGSM": None, **{f"FGSM from {name}": source for name, source in (sources or {}).items()}}
+    return [*[P("random signs", _still(random_signs, normalized(e)), e) for e in eps], *[P(name, single(e, s), e) for name, s in lent.items() for e in eps],
+            P("PGD-20", iterated(pgd), .2, most=most[0]), P("strong attacks", iterated(_strong, **strong), .2, most=most[1])]
 
 def random_signs(x, eps):
     "Noise of the size of an FGSM example's, without its direction."
     return (x + eps.to(x)*torch.randint_like(x, 2).mul_(2).sub_(1)).clamp(0, 1)
 
-def _strong(model, x, y, eps):
+def _strong(model, x, y, eps, **strong):
     with torch.no_grad(): classes = model(x[:1]).shape[1]
-    return worst_case(model, x, y, eps, strong_attacks(classes, queries=1000))[0]
+    return worst_case(model, x, y, eps, strong_attacks(classes, **(dict(queries=1000) | strong)))[0]
 
 # %% ../nbs/05_evaluation.ipynb #6530d00b
 def show_perturbations(images:Tensor, # uint8 (N,3,H,W), one row each
