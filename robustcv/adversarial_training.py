@@ -130,7 +130,7 @@ class FreeAdversarial:
         self._delta, self._from = torch.maximum(torch.minimum(step, radius), -radius), now
         return loss.detach().requires_grad_(True) # a number whose gradient is there already
 
-# %% ../nbs/13_adversarial_training.ipynb #39f2ed3c
+# %% ../nbs/13_adversarial_training.ipynb #5168177b
 @dataclass
 class WarmUp:
     "Clean epochs first, then another objective."
@@ -161,6 +161,6 @@ class WatchPGD:
             seen += len(y)
         now = 100*right/seen
         if now < self.best/2 and self.best - now > 5:
-            warnings.warn(f"accuracy under PGD fell to {now:.1f} %, after {self.best:.1f} % at its best: catastrophic overfitting", CollapseWarning, stacklevel=2)
+            warnings.warn(f"accuracy under PGD fell to {now:.1f} %, after {self.best:.1f} % at its best: catastrophic overfitting, if it is trained on single steps", CollapseWarning, stacklevel=2)
         self.best = max(self.best, now)
         return {"pgd_accuracy": now}

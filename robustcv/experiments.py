@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'EXTRA', 'ATTACKED', 'QUICK', 'Run', 'baseline', 'color_jitter', 'random_erase', 'attacked', 'adversarial',
-           'scale_data', 'describe_data', 'train_run', 'run_section', 'one_setting', 'table', 'caption', 'markdown',
-           'pool', 'by_name', 'filters']
+           'scale_data', 'describe_data', 'train_run', 'trained_model', 'run_section', 'one_setting', 'table',
+           'caption', 'markdown', 'pool', 'by_name', 'filters']
 
 # %% ../nbs/20_experiments.ipynb #e5fd3c9a
 import base64, time
@@ -146,23 +146,26 @@ def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, de
                 valid_accuracy=kept.valid_accuracy, images_per_second=history.images_per_second.median(),
                 filters=dict(shape=filters.shape, float16=base64.b64encode(filters.astype("<f2").tobytes()).decode()))
 
-# %% ../nbs/20_experiments.ipynb #fb12cbe8
+# %% ../nbs/20_experiments.ipynb #2b2783ed
 def _identity(run, scale, seed, about, folder):
     "A run's configuration, its id, and the folder of its checkpoints and model."
     config = describe(dict(run=run, training=run.settings(scale)))
     id = run_id(run.section, run.name, scale.name, config, seed, about)
     return config, id, Path(folder)/scale.name/run.section/f"{run.name.replace(' ', '')}-{seed}-{id[:6]}"
 
-def _source(section, name, scale, about, folder):
-    "A trained network, to craft examples on."
+def trained_model(section:str, name:str, # of the run
+                  scale:Scale, about:dict, # the scale, and what `describe_data` says of the images
+                  folder="runs", # of the models
+                 ): # `Classifier` in evaluation mode
+    "The network that a run left behind, at the scale's first seed."
     run, seed = next(r for r in SECTIONS[section]() if r.name == name), scale.seeds[0]
     file = _identity(run, scale, seed, about, folder)[2]/"model.safetensors"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: examples are crafted on this network; train it first: "
+        raise FileNotFoundError(f"{file}: adversarial examples are crafted on this network; train it first: "
                                 f"`robustcv run {section} --only '{name}' --scale {scale.name}`, with the same data and folder")
-    return Transferred(load_model(file))
+    return load_model(file)
 
-# %% ../nbs/20_experiments.ipynb #cff67334
+# %% ../nbs/20_experiments.ipynb #0d28a923
 def run_section(section:str, # one of `SECTIONS`
                 scale:str="demo", # one of `SCALES`
                 data=None, # folder of images, see `load_data`; None: synthetic, for smoke and demo
@@ -189,7 +192,7 @@ def run_section(section:str, # one of `SECTIONS`
         if wanted[-1] in done: say(f"{label}: on record"); continue
         start = time.perf_counter()
         for s, name in run.sources:
-            if name not in lent: lent[name] = _source(s, name, scale, about, folder)
+            if name not in lent: lent[name] = Transferred(trained_model(s, name, scale, about, folder))
         metrics = train_run(run, scale, train, valid, seed, device, where, {name: lent[name] for _, name in run.sources})
         append_record(file, make_record(section, run.name, scale.name, config, seed, about, device, time.perf_counter() - start, metrics))
         (where/"state.pt").unlink(missing_ok=True) # on record now: nothing to resume

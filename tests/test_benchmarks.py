@@ -1,6 +1,7 @@
 "The arithmetic of the benchmark report; no speed is asserted here."
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -35,6 +36,21 @@ def test_every_measure_of_the_data_runs_on_a_small_set(tiny):
 def test_training_steps_run(monkeypatch):
     row, = benchmarks.train_step(None, rounds=1, steps=1, batch=4)
     assert set(row["peers"]) == {"bare loop, bf16 channels_last", "bare loop, float32"}
+
+
+def test_attacks_are_measured_beside_their_floor_and_peers(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    rows = list(benchmarks.attacks(None, rounds=1, batch=2, steps=2))
+    assert [r["measure"] for r in rows] == ["attacks/FGSM", "attacks/FGSM, folded", "attacks/PGD-2", "attacks/PGD-2, folded"]
+    assert all(r["floor_ratio"] > 0 and r["peers"] == {} for r in rows) and "torchattacks is not installed" in capsys.readouterr().err
+    peer = types.SimpleNamespace(**{n: lambda *args: lambda x, y: None for n in ("FGSM", "PGD")})
+    monkeypatch.setitem(sys.modules, "torchattacks", peer)
+    assert all(set(r["peers"]) == {"torchattacks"} for r in benchmarks.attacks(None, rounds=1, batch=2, steps=2))
+
+
+def test_the_adversarial_step_is_measured_beside_the_clean_and_the_naive_one():
+    row, = benchmarks.adversarial_step(None, rounds=1, steps=1, batch=4)
+    assert set(row["peers"]) == {"naive, bf16", "naive, float32"} and row["floor"] > 0
 
 
 def test_an_unknown_measure_is_named():

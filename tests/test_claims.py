@@ -10,8 +10,8 @@ from scipy.stats import norm, t as student
 
 from robustcv import claims
 from robustcv.claims import CLAIMS, CLEAN, LESS, MORE, Claim, Difference, differences, ledger, paired, plot_claims, seed_spread, spread, summary, verdict, widened
-from robustcv.evaluation import compare, standard_perturbations
-from robustcv.experiments import EXTRA, SECTIONS
+from robustcv.evaluation import attack_perturbations, compare, standard_perturbations
+from robustcv.experiments import ATTACKED, EXTRA, SECTIONS
 
 N = 200
 
@@ -248,8 +248,10 @@ def test_a_picture_of_nothing_is_refused():
 
 @pytest.mark.parametrize("c", CLAIMS.values(), ids=lambda c: c.id)
 def test_claims_are_about_runs_and_perturbations_that_their_section_has(c):
-    names = {r.name for r in SECTIONS[c.section]()}
-    measured = {(p.name, None if math.isnan(p.strength) else p.strength) for p in standard_perturbations() + EXTRA.get(c.section, list)()}
+    runs = SECTIONS[c.section]()
+    names, lent = {r.name for r in runs}, dict.fromkeys({n for r in runs for _, n in r.sources})
+    attacks = attack_perturbations(lent) if c.section in ATTACKED else []
+    measured = {(p.name, None if math.isnan(p.strength) else p.strength) for p in standard_perturbations() + EXTRA.get(c.section, list)() + attacks}
     assert CLAIMS[c.id] is c and c.statement and c.article and c.comparisons
     for before, after, region, *where in c.comparisons:
         assert {before, after} <= names and len(region) == 2 and region[0] < region[1]

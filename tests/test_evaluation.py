@@ -11,9 +11,10 @@ from scipy.stats import binom, norm
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
-from robustcv.core import IMAGENET_STD
+from robustcv.core import IMAGENET_STD, normalized
 from robustcv.data import ImageSet
-from robustcv.evaluation import (COLUMNS, Perturbation, TrustWarning, add_noise, check_trust, color_perturbations, compare, erase_perturbations,
+from robustcv.fgsm import Transferred, fgsm
+from robustcv.evaluation import (COLUMNS, Perturbation, TrustWarning, add_noise, attack_perturbations, check_trust, color_perturbations, compare, erase_perturbations,
                                  evaluate, occlude, pack, plot_bars, plot_confusions, plot_strength, show_perturbations, standard_perturbations,
                                  unpack, wilson)
 
@@ -336,3 +337,44 @@ def test_a_model_with_too_few_outputs_is_refused():
     with pytest.raises(ValueError, match="no logit for label 5"): evaluate(model, images, [])
     sorted_set = ImageSet(images.images, images.labels.sort().values, images.classes)  # the first images alone would not show it
     with pytest.raises(ValueError, match="has 4 outputs, images has 6 classes"): evaluate(model, sorted_set, [])
+
+
+# attacks as perturbations
+
+def test_attacks_are_measured_on_the_network_itself_and_on_others_examples():
+    data, model, other = images(40), linear(), nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
+    few = attack_perturbations({"other": Transferred(other)}, (.05, .2), (10, 6), steps=5, targets=2, queries=10)
+    t = table(model, data, CLEAN + few).set_index(["perturbation", "strength"])
+    assert list(t.index[1:]) == [(n, e) for n in ("random signs", "FGSM", "FGSM from other") for e in (.05, .2)] + [("PGD-20", .2), ("strong attacks", .2)]
+    x, y = data.images/255, data.labels
+    for name, source in (("FGSM", model), ("FGSM from other", other)):
+        for e in (.05, .2): assert t.loc[name, e].predicted.tolist() == model(fgsm(source, x, y, normalized(e))).argmax(1).tolist()
+    few = torch.linspace(0, 39, 10).long()
+    assert t.loc["PGD-20", .2].n == 10 and t.loc["strong attacks", .2].n == 6
+    assert not t.loc["PGD-20", .2].hits.any() and not t.loc["strong attacks", .2].hits.any(), "a linear model has nothing to resist with"
+    rows = table(Constant().eval(), data, attack_perturbations(None, (), (10, 6), steps=5, targets=2, queries=10))
+    assert [r.hits.tolist() for r in rows.itertuples()] == [(y[torch.linspace(0, 39, k).long()] == 0).tolist() for k in (10, 6)], "one that cannot be moved does"
+
+
+def test_random_signs_have_the_size_of_an_attack_and_both_directions():
+    x = torch.full((4, 3, 16, 16), .5)
+    p = next(p for p in attack_perturbations() if (p.name, p.strength) == ("random signs", .2))
+    change = (p.apply(x, None, None) - x)/normalized(.2)
+    torch.testing.assert_close(change.abs(), torch.ones_like(x)) and abs(change.mean()) < .1
+
+def test_few_images_are_spread_evenly_and_all_are_taken_where_there_are_fewer():
+    data, seen = images(20), []
+    def keep(x, y, model): seen.append(y); return x
+    rows = table(None, data, [Perturbation("few", keep, most=5), Perturbation("all", keep, most=50)])
+    assert rows.n.tolist() == [5, 20] and seen[0].tolist() == data.labels[[0, 4, 9, 14, 19]].tolist() and seen[1].tolist() == data.labels.tolist()
+    assert rows.hits[0].tolist() == rows.hits[1][[0, 4, 9, 14, 19]].tolist()
+
+def test_narrow_successes_are_predicted_in_float32():
+    kinds = []
+    class Asked(nn.Flatten):
+        def forward(self, x): kinds.append(torch.is_autocast_enabled("cpu")); return super().forward(x)
+    model = nn.Sequential(Asked(), nn.Linear(768, 4)).eval()
+    def run(fp32):
+        kinds.clear(); evaluate(model, images(), [Perturbation("p", lambda x, y, m: x, fp32=fp32)], device="cpu", precision="bf16")
+        return kinds[-1]
+    assert run(False) and not run(True)

@@ -17,7 +17,7 @@ from robustcv.data import load_tiny_imagenet
 from robustcv.evaluation import COLUMNS, Perturbation, standard_perturbations, unpack
 from robustcv.experiments import (Run, baseline, by_name, caption, describe_data, filters, one_setting, pool, run_section,
                                   scale_data, table)
-from robustcv.figures import draw_figures, plot_fields, plot_occlusion, plot_runs
+from robustcv.figures import draw_example, draw_figures, plot_attacks, plot_example, plot_fields, plot_occlusion, plot_runs, plot_watched
 from robustcv.models import load_model
 from robustcv.training import Training, cross_entropy
 from robustcv.transforms import RandomHorizontalFlip
@@ -126,6 +126,35 @@ def test_occlusion_is_drawn_where_it_was_and_beside_its_gain():
     baseline, fe, e, gain = [[10, 20], [30, 40]], [[20, 30], [40, 50]], [[40, 50], [60, 70]], [[30, 30], [30, 30]] # down, right
     assert maps == [baseline, fe, e, gain]*2
 
+def attacked():
+    under = {(n, e): few(round(9 - k - 10*e)) for k, n in enumerate(("random signs", "FGSM from a", "FGSM")) for e in (.05, .2, .4)}
+    records = [record(n, hits=few(9), under=under | {("PGD-20", .2): few(2)[:5]}, section="fgsm") for n in ("DenseNet-121", "ResNet-18")]
+    for r in records:
+        for e in r["metrics"]["evaluation"][2:]: e["unit"] = "ε, normalised"
+        for h in r["metrics"]["history"]: h["pgd_accuracy"] = 10.*h["epoch"]
+    return records
+
+def test_attacks_are_drawn_from_clean_accuracy_to_the_greatest_radius():
+    fig = plot_attacks(attacked())
+    for ax, name in zip(fig.axes, ("DenseNet-121", "ResNet-18"), strict=True):
+        lines = {c.get_label(): c.lines[0].get_xydata() for c in ax.containers}
+        assert ax.get_title() == name and list(lines) == ["random signs", "FGSM from a", "FGSM", "PGD-20"]
+        assert lines["FGSM"].tolist() == [[0, 90], [.05, 60], [.2, 50], [.4, 30]] and lines["PGD-20"].tolist() == [[.2, 40]]
+    assert len(plot_attacks(attacked(), ["ResNet-18"]).axes) == 1
+
+def test_what_was_watched_is_drawn_over_the_training():
+    ax = plot_watched(attacked())
+    assert [line.get_xydata().tolist() for line in ax.lines[:2]] == [[[.5, 10], [1, 20]], [[.5, 50], [1, 50]]] and len(ax.lines) == 4
+
+def test_the_illustration_shows_image_sign_and_sum():
+    torch.manual_seed(0); model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    x = torch.rand(2, 3, 8, 8)*.5 + .25
+    fig = plot_example(model, x, torch.tensor([0, 1]), ("apple, red", "kite"))
+    shown = [ax.images[0].get_array() for ax in fig.axes if ax.images]
+    titles = [ax.get_title() for ax in fig.axes if ax.images]
+    assert len(shown) == 6 and titles[1] == "+ 0.2 · sign of the gradient" and titles[2].startswith("= ") and titles[0].endswith(" %")
+    assert set(np.unique(np.round(np.asarray(shown[1], float)/np.asarray(shown[1]).max(), 2))) == {0., 1.}, "the sign, at full scale"
+
 def figure_names(records, folder):
     paths = draw_figures(records, folder)
     assert all(p.stat().st_size > 300 for p in paths) and sorted(paths) == sorted(folder.iterdir())
@@ -135,8 +164,8 @@ def figure_names(records, folder):
     ([record(), record(seed=1), record("flip + crop")], ["curves", "perturbations", "filters"]), ([record(n) for n in "abcd"], ["runs", "filters"]),
     (jittered(), ["runs", "fields", "filters"]), (jittered()[:3], ["curves", "perturbations", "fields", "filters"]),
     (jittered()[1:2], ["curves", "perturbations", "fields", "filters"]),
-    (erased(), ["runs", "occlusion", "filters"]), (erased()[1:3], ["curves", "perturbations", "filters"])],
-    ids=["baseline", "many runs", "jitter", "some jitter", "jitter without a baseline", "erase", "erase without a baseline"])
+    (attacked(), ["curves", "perturbations", "attacks", "watched", "filters"]), (erased(), ["runs", "occlusion", "filters"]), (erased()[1:3], ["curves", "perturbations", "filters"])],
+    ids=["baseline", "many runs", "jitter", "some jitter", "jitter without a baseline", "attacks", "erase", "erase without a baseline"])
 def test_every_section_has_its_figures(records, expected, tmp_path): assert figure_names(records, tmp_path/"figures") == expected
 
 
@@ -265,6 +294,26 @@ def test_runs_can_be_chosen_by_name(go, tmp_path, monkeypatch):
     for names in (["d"], ["b", "d"]):
         with pytest.raises(ValueError, match="unknown run 'd'.*valid: a, b, c"): go(*runs, names=names)
     assert go(*runs, names=[]) == [] and len(load_records(tmp_path/"results")) == 2
+
+def test_a_run_is_measured_on_examples_of_its_source_which_must_be_there(go, tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr(experiments, "ATTACKED", ("tiny",))
+    source, target = (Run("tiny", n, MODEL, training={"epochs": 1}, sources=s) for n, s in (("source", ()), ("target", (("tiny", "source"),))))
+    with pytest.raises(FileNotFoundError, match="train it first: `robustcv run tiny --only 'source' --scale smoke`"): go(source, target, names=["target"])
+    assert load_records(tmp_path/"results") == []
+    alone, lent = go(source, target)
+    own, more = ({e["perturbation"] for e in r["metrics"]["evaluation"]} for r in (alone, lent))
+    assert {"random signs", "FGSM", "PGD-20", "strong attacks"} <= own and more - own == {"FGSM from source"}
+
+def test_the_illustration_is_drawn_from_the_network_that_a_run_left(go, tmp_path, monkeypatch, tiny):
+    go(Run("tiny", "net", MODEL, training={"epochs": 1}))
+    left = experiments.trained_model
+    monkeypatch.setattr("robustcv.figures.trained_model", lambda section, name, *more: left("tiny", "net", *more))
+    file = draw_example(SCALES["smoke"], tiny, tmp_path/"runs", tmp_path/"figures")
+    assert file == tmp_path/"figures"/"fgsm-smoke-example.png" and file.stat().st_size > 1000
+
+def test_replays_take_the_place_of_epochs():
+    run = Run("s", "free", training=dict(replays=4))
+    assert [run.settings(SCALES[s]).epochs for s in ("smoke", "lite")] == [1, 4] and Run("s", "a").settings(SCALES["lite"]).epochs == SCALES["lite"].epochs
 
 def test_only_records_of_this_scale_data_and_settings_are_returned(go, tmp_path):
     mine, = go(Run("tiny", "a", MODEL, training={"epochs": 1}))

@@ -9,7 +9,7 @@ from torch import nn
 
 from robustcv.core import generator, normalized
 from robustcv.data import ImageSet
-from robustcv.fgsm import (apgd, attacking, dlr_towards, fgsm, fold_batchnorm, gradient, pgd, square, strong_attacks, worst_case,
+from robustcv.fgsm import (Transferred, apgd, attacking, dlr_towards, fgsm, fold_batchnorm, gradient, pgd, square, strong_attacks, worst_case,
                            transfer_table)
 from robustcv.models import build_model
 
@@ -186,3 +186,24 @@ def test_fgsm_and_pgd_are_a_peers(net, images):
     assert (fgsm(net, images, y, 8/255) - torchattacks.FGSM(net, 8/255)(images, y)).abs().max() < 1e-6
     theirs = torchattacks.PGD(net, 8/255, 2/255, 5, random_start=False)(images, y)
     assert (pgd(net, images, y, 8/255, 5, 2/255, random_start=False) - theirs).abs().max() < 1e-6
+
+def test_lent_examples_are_the_source_s_own_and_cost_one_gradient(x, monkeypatch):
+    source, y, asked = Linear(5), torch.arange(12) % 5, []
+    expected = {e: fgsm(source, x, y, e) for e in (.01, .1)} | {"other labels": fgsm(source, x, 4 - y, .1)}
+    monkeypatch.setattr("robustcv.fgsm.gradient", lambda *args: asked.append(len(args[1])) or gradient(*args))
+    lend, before = Transferred(source), x.clone()
+    for e in (.01, .1): torch.testing.assert_close(lend(x, y, e), expected[e], rtol=0, atol=1e-7)
+    assert asked == [12] and x.equal(before)
+    torch.testing.assert_close(lend(x, 4 - y, .1), expected["other labels"], rtol=0, atol=1e-7)
+    lend(x[:6], y[:6], .1)
+    assert asked == [12, 12, 6], "other labels and other images have gradients of their own"
+    with pytest.raises(ValueError, match="must be divided by 255"): lend(x, y, 8)
+
+def test_apgd_stops_when_every_image_is_turned(x):
+    class Counting(Linear):
+        calls = 0
+        def forward(self, x): Counting.calls += 1; return super().forward(x)
+    model = Counting(2); y = 1 - model(x).argmax(1) # all wrong from the start
+    Counting.calls = 0
+    adv = apgd(model, x, y, .01, 50, generator=generator(0))
+    assert Counting.calls == 1 and (adv - x).abs().max() <= .01 + 1e-6 and (model(adv).argmax(1) != y).all()
