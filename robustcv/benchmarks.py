@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'interleave', 'line', 'transforms', 'pipeline', 'batches', 'decode', 'train_step', 'attacks',
            'adversarial_step', 'bench', 'main']
 
-# %% ../nbs/30_benchmarks.ipynb #a8f1195b
+# %% ../nbs/30_benchmarks.ipynb #af1a3595
 import argparse, json, sys, tempfile, time
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from .data import Batches, ImageSet, _find_tiny, _scan_tiny, _write_cache, cache
 from .fgsm import fgsm, fold_batchnorm, pgd
 from .models import build_model
 from .random_erase import RandomErase
+from .symmetry import RandomSymmetry
 from .synthetic import make_synthetic
 from .training import Training, _epoch, _set_up, autocast, cross_entropy
 from .transforms import (Compose, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip, RandomRotation,
-                                 RandomVerticalFlip, Transform)
+                                 RandomVerticalFlip)
 
 # %% ../nbs/30_benchmarks.ipynb #0c04446a
 def interleave(candidates:dict, # name to a function without arguments
@@ -74,19 +75,7 @@ def transforms(data, rounds=25):
         candidates = {"ours": partial(ours, x), **({"kornia": partial(getattr(K, name)(**kwargs), x)} if K else {}), "floor": x.clone}
         yield line(f"transforms/{name}{'/' + more['name'] if more else ''}", interleave(candidates, rounds), len(x), rounds)
 
-# %% ../nbs/30_benchmarks.ipynb #cddebf8b
-class _Symmetry(Transform):
-    "One of the eight symmetries of the square for each image."
-    def draw(self, x, generator=None): return {"element": torch.randint(8, (len(x),), generator=generator)}
-
-    def transform(self, x, element):
-        out = torch.empty_like(x)
-        for e in range(8):
-            at = (element == e).nonzero().flatten()
-            y = x.index_select(0, at).rot90(e % 4, (2, 3))
-            out.index_copy_(0, at, y.flip(3) if e >= 4 else y)
-        return out
-
+# %% ../nbs/30_benchmarks.ipynb #4e7e56fa
 class _Images(torch.utils.data.Dataset):
     "uint8 images in memory, each through albumentations."
     def __init__(self, images, augment): self.images, self.augment = images, augment
@@ -97,7 +86,7 @@ def _quiet_worker(_):
     import cv2
     cv2.setNumThreads(0) # two workers share the cores; OpenCV's threads would fight for them
 
-# %% ../nbs/30_benchmarks.ipynb #aff8e486
+# %% ../nbs/30_benchmarks.ipynb #767e7097
 def _drain(batches):
     for _ in batches: pass
 
@@ -114,7 +103,7 @@ def _albumentations(n):
 def pipeline(data, rounds=9, n=256, served=4096):
     "Jitter, flip, crop, symmetry and erasing in one composition, against albumentations with two workers and torchvision's v2 for each image."
     x, crop = torch.rand(n, 3, 64, 64, generator=generator(0)), RandomCrop(64, 4)
-    ours = {order: Compose(ColorJitter(.4, .4, .4, .1, order), RandomHorizontalFlip(), crop, _Symmetry(), RandomErase()) for order in ("sample", "chunk")}
+    ours = {order: Compose(ColorJitter(.4, .4, .4, .1, order), RandomHorizontalFlip(), crop, RandomSymmetry(), RandomErase()) for order in ("sample", "chunk")}
     each = v2.Compose([v2.ColorJitter(.4, .4, .4, .1), v2.RandomHorizontalFlip(), v2.RandomCrop(64, 4), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
                        v2.RandomErasing(value="random")])
     epoch = lambda op: lambda: _drain(op(x) for _ in range(served//n))

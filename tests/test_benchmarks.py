@@ -4,7 +4,6 @@ import sys
 import types
 
 import pytest
-import torch
 
 from robustcv import benchmarks
 
@@ -67,13 +66,3 @@ def test_the_pipeline_is_measured_with_either_order(monkeypatch, capsys):
         assert set(r) == {"measure", "ours", "unit", "peers", "best_peer_ratio", "floor", "floor_ratio", "n", "device"} and r["n"] == 1
         assert set(r["peers"]) == {"torchvision v2, each image"} and min(r["ours"], r["floor"], r["best_peer_ratio"]) > 0
         json.dumps(r)
-
-
-def test_the_symmetries_of_the_square_are_eight():
-    image, symmetry = torch.arange(75.).view(1, 3, 5, 5), benchmarks._Symmetry()
-    found = symmetry.transform(image.expand(8, -1, -1, -1), torch.arange(8))
-    turned = [v.rot90(k, (2, 3)) for v in (image, image.flip(3)) for k in range(4)]
-    assert {tuple(f.flatten().tolist()) for f in found} == {tuple(t.flatten().tolist()) for t in turned} and len(found.unique(dim=0)) == 8
-    mixed = torch.rand(20, 3, 6, 6); element = symmetry.draw(mixed, torch.Generator().manual_seed(0))["element"]
-    alone = [symmetry.transform(x[None], e[None]) for x, e in zip(mixed, element)]
-    assert torch.equal(symmetry.transform(mixed, element), torch.cat(alone)) and len(element.unique()) == 8

@@ -1,0 +1,98 @@
+"""The symmetries of the square: a group, permutations of pixels, and a network that does not see them."""
+import itertools
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import nn
+from torchvision.transforms.v2 import functional as tv
+
+from robustcv.core import generator
+from robustcv.symmetry import ELEMENTS, RandomSymmetry, _by_element, _by_pixel, apply_symmetry, compose, inverse, symmetrize
+
+everything = pytest.mark.parametrize("element", range(8), ids=ELEMENTS)
+
+def images(n=6, side=7): return torch.rand(n, 3, side, side, generator=generator(0))
+
+
+# the group
+
+def test_the_laws_of_a_group():
+    for a, b, c in itertools.product(range(8), repeat=3): assert compose(compose(a, b), c) == compose(a, compose(b, c)) and compose(a, b) in range(8)
+    for a in range(8):
+        assert compose(0, a) == compose(a, 0) == a and compose(a, inverse(a)) == compose(inverse(a), a) == 0
+        assert sorted(compose(a, b) for b in range(8)) == list(range(8)) == sorted(compose(b, a) for b in range(8))
+    assert any(compose(a, b) != compose(b, a) for a in range(8) for b in range(8)), "not commutative"
+
+def test_composition_is_what_one_after_the_other_does():
+    x = images(1)
+    for a, b in itertools.product(range(8), repeat=2): assert apply_symmetry(apply_symmetry(x, a), b).equal(apply_symmetry(x, compose(a, b)))
+
+@everything
+def test_an_element_permutes_the_pixels_and_its_inverse_brings_them_back(element):
+    x = torch.arange(49.).view(1, 1, 7, 7)
+    y = apply_symmetry(x, element)
+    assert sorted(y.flatten().tolist()) == x.flatten().tolist() and apply_symmetry(y, inverse(element)).equal(x)
+
+@pytest.mark.parametrize("element, op", [(0, lambda x: x), (1, lambda x: tv.rotate(x, 90)), (2, lambda x: tv.rotate(x, 180)), (3, lambda x: tv.rotate(x, 270)),
+                                         (4, tv.horizontal_flip), (5, lambda x: x.mT.flip((-2, -1))), (6, tv.vertical_flip), (7, lambda x: x.mT)])
+def test_the_names_say_what_is_done(element, op): assert apply_symmetry(images(), element).equal(op(images()))
+
+@pytest.mark.parametrize("element", [-1, 8, 1.5])
+def test_there_are_only_eight(element):
+    with pytest.raises(ValueError, match="element=.*a number from 0 to 7"): apply_symmetry(images(), element)
+
+
+# at random
+
+@pytest.mark.parametrize("way", [_by_element, _by_pixel])
+@pytest.mark.parametrize("n, side", [(1, 1), (1, 4), (23, 5), (64, 16)])
+def test_each_image_is_turned_by_its_own_element(way, n, side):
+    x, element = images(n, side), torch.randint(8, (n,), generator=generator(1))
+    before = x.clone()
+    assert way(x, element).equal(torch.stack([apply_symmetry(v, int(e)) for v, e in zip(x, element, strict=True)])) and x.equal(before)
+
+def test_all_elements_are_equally_likely_and_neighbours_independent():
+    e = RandomSymmetry().draw(torch.zeros(32_000, 3, 1, 1), generator(2))["element"]
+    assert chisquare(e.bincount(minlength=8)).pvalue > 1e-3 and chisquare((8*e[::2] + e[1::2]).bincount(minlength=64)).pvalue > 1e-3
+
+def test_draws_repeat_and_gradients_pass():
+    x, t = images(20), RandomSymmetry()
+    assert t(x, generator(3)).equal(t(x, generator(3))) and not t(x, generator(3)).equal(t(x, generator(4)))
+    for way in (_by_element, _by_pixel):
+        v = x.clone().requires_grad_(True)
+        (way(v, torch.arange(20) % 8)**2).sum().backward()
+        torch.testing.assert_close(v.grad, 2*x)
+
+@pytest.mark.parametrize("x", [torch.rand(2, 3, 4, 5), torch.rand(3, 4, 4), torch.rand(2, 1, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)])
+def test_what_is_not_a_batch_of_square_images_is_refused(x):
+    with pytest.raises(ValueError, match="images"): RandomSymmetry()(x, generator(0))
+
+
+# averaged
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(125, 4)).double().eval()
+
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+def test_the_average_over_the_orbit_does_not_see_the_orientation(net, average):
+    x, model = images().double(), symmetrize(net, average)
+    out = model(x)
+    for e in range(8): torch.testing.assert_close(model(apply_symmetry(x, e)), out, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(net(apply_symmetry(x, 1)), net(x))
+
+def test_the_average_is_of_what_it_says(net):
+    x = images().double()
+    each = torch.stack([net(apply_symmetry(x, e)) for e in range(8)])
+    torch.testing.assert_close(symmetrize(net)(x), each.mean(0))
+    torch.testing.assert_close(symmetrize(net, "probabilities")(x).softmax(1), each.softmax(2).mean(0))
+    torch.testing.assert_close(symmetrize(net, "probabilities")(x).exp().sum(1), torch.ones(6).double())
+
+def test_a_symmetrized_model_is_a_module_like_any_other(net):
+    model = symmetrize(net)
+    model(images().double().requires_grad_(True)).sum().backward()
+    assert {n.removeprefix("model.") for n, _ in model.named_parameters()} == {n for n, _ in net.named_parameters()} and net[0].weight.grad is not None
+    with pytest.raises(ValueError, match="average='votes'"): symmetrize(net, "votes")
+    with pytest.raises(ValueError, match="as many rows as columns"): model(torch.rand(1, 3, 4, 5))
