@@ -207,11 +207,11 @@ def attacks(data, rounds=11, batch=128, steps=10, eps=8/255):
         yield line(f"attacks/{name}", {k: s for k, s in seconds.items() if k != "folded"}, batch, rounds)
         yield line(f"attacks/{name}, folded", {"ours": seconds.pop("folded"), **{k: s for k, s in seconds.items() if k != "ours"}}, batch, rounds)
 
-# %% ../nbs/30_benchmarks.ipynb #a284eb6c
-def _naive(precision, x, y, steps):
+# %% ../nbs/30_benchmarks.ipynb #13b5ad67
+def _naive(precision, x, y, steps, channels_last):
     "The adversarial objective as two losses and an attack that do not know of each other."
-    device, model = x.device, build_model("resnet18", 200).to(x.device, memory_format=torch.channels_last)
-    x, eps = x.contiguous(memory_format=torch.channels_last), normalized(.2).to(x).view(-1, 1, 1)
+    device, model, eps = x.device, build_model("resnet18", 200).to(x.device), normalized(.2).to(x).view(-1, 1, 1)
+    if channels_last: model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), .01, .9, weight_decay=5e-4)
     def loss(images): return F.cross_entropy(model(images).float(), y, label_smoothing=.1)
     def loop():
@@ -226,7 +226,7 @@ def _naive(precision, x, y, steps):
 def adversarial_step(data, rounds=9, steps=2, batch=128):
     "Training steps with the adversarial objective on ResNet-18 at 64×64, batch 128; floor: the clean step."
     x, y, clean = _fitted(cross_entropy, steps, batch)
-    candidates = {"ours": _fitted(adversarial_loss, steps, batch)[2], "floor": clean, "naive, bf16": _naive("auto", x, y, steps), "naive, float32": _naive("fp32", x, y, steps)}
+    candidates = {"ours": _fitted(adversarial_loss, steps, batch)[2], "floor": clean, "naive, bf16 channels_last": _naive("auto", x, y, steps, True), "naive, float32": _naive("fp32", x, y, steps, False)}
     yield line("adversarial_step", interleave(candidates, rounds), steps*batch, rounds)
 
 # %% ../nbs/30_benchmarks.ipynb #6273993f

@@ -82,7 +82,7 @@ def plot_occlusion(records:list, # of the section `random_erase`
             ax.set(title=f"{name}, side {side:g}", xlabel="", ylabel="", xticks=[], yticks=[], aspect="equal")
     return fig
 
-# %% ../nbs/22_figures.ipynb #a15d575c
+# %% ../nbs/22_figures.ipynb #1e494de5
 def plot_attacks(records:list, # of a section that measures attacks
                  names=None, # of runs; None: all
                 ): # the figure
@@ -90,7 +90,8 @@ def plot_attacks(records:list, # of a section that measures attacks
     import matplotlib.pyplot as plt
     runs = {n: pool(rs) for n, rs in by_name(one_setting(records)).items() if names is None or n in names}
     fig, axes = plt.subplots(1, len(runs), figsize=(3.4*len(runs) + 1.2, 3.2), sharey=True, layout="constrained", squeeze=False)
-    kinds, unit = list(dict.fromkeys(p for t in runs.values() for p in t.perturbation[t.unit.str.startswith("ε")])), 255*float(normalized(1.).mean())
+    attacks = {n: list(dict.fromkeys(t.perturbation[t.unit.str.startswith("ε")])) for n, t in runs.items()}
+    kinds, unit = list(dict.fromkeys(sum(sorted(attacks.values(), key=len, reverse=True), []))), 255*float(normalized(1.).mean())
     for ax, (name, t) in zip(axes[0], runs.items(), strict=True):
         for color, kind in zip((".5", *[f"C{i}" for i in range(9)]), kinds, strict=False):
             rows = t[t.perturbation == kind].sort_values("strength")
@@ -98,7 +99,7 @@ def plot_attacks(records:list, # of a section that measures attacks
             start = t.iloc[:1].assign(strength=0.) if len(rows) > 1 else t.iloc[:0]
             rows = pd.concat([start, rows])
             ax.errorbar(rows.strength, rows.accuracy, [rows.accuracy - rows.low, rows.high - rows.accuracy], color=color, marker="o", markersize=4, lw=1.4, label=kind)
-        ax.set(title=name, xlabel="ε (normalised units)", ylim=(0, 100))
+        ax.set(title=name, xlabel="ε (normalised units)", ylim=(-3, 100))
         above = ax.secondary_xaxis("top", functions=(lambda e: e*unit, lambda n: n/unit)); above.tick_params(labelsize=7)
         above.set_xlabel("ε in 255ths of the pixel range", fontsize=7)
     axes[0, 0].set_ylabel("accuracy (%)")
@@ -163,7 +164,7 @@ def draw_figures(records:list, # of one section, scale and data set
     if images is not None: keep("examples", show_perturbations(images.images[torch.linspace(0, len(images) - 1, 4).long()], standard_perturbations()[::2]))
     return out
 
-# %% ../nbs/22_figures.ipynb #3088a546
+# %% ../nbs/22_figures.ipynb #aadc25f0
 def draw_example(scale:Scale, data, # the scale, and the folder of its images
                  runs="runs", # folder of the models
                  folder="figures", # where the PNG file goes
@@ -175,7 +176,7 @@ def draw_example(scale:Scale, data, # the scale, and the folder of its images
     model = trained_model("fgsm", "ResNet-18", scale, describe_data(train, valid), runs)
     x = valid.images/255
     with torch.no_grad(): right = torch.cat([model(b).argmax(1) for b in x.split(256)]) == valid.labels
-    few = [int((right & (valid.labels == k)).nonzero()[0]) for k in torch.linspace(0, len(valid.classes) - 1, 4).long() if (right & (valid.labels == k)).any()]
+    few = [int((right & (valid.labels == k)).nonzero()[0]) for k in range(0, len(valid.classes), max(1, len(valid.classes)//4)) if (right & (valid.labels == k)).any()]
     set_style(); Path(folder).mkdir(parents=True, exist_ok=True)
     fig = plot_example(model, x[few], valid.labels[few], valid.classes)
     fig.savefig(file := Path(folder)/f"fgsm-{scale.name}-example.png"); plt.close(fig)

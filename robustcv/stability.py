@@ -22,13 +22,13 @@ from .core import generator as make_generator, normalized, pick_device
 from .data import Batch, Batches, ImageSet
 from .transforms import Transform
 
-# %% ../nbs/14_stability.ipynb #a021cf1c
+# %% ../nbs/14_stability.ipynb #39a08184
 def _deviation(std, x):
     "A standard deviation as a tensor that broadcasts over images."
-    std = normalized(0.1) if std is None else torch.as_tensor(std, dtype=torch.float32)
-    if std.numel() not in (1, 3) or not (std >= 0).all() or not std.isfinite().all():
-        raise ValueError(f"std={std.tolist()}: a standard deviation in pixel units, or one a channel, not negative")
-    return std.to(x).view(-1, 1, 1)
+    each = normalized(0.1) if std is None else torch.as_tensor(std, dtype=torch.float32)
+    if each.numel() not in (1, 3) or not (each >= 0).all() or not each.isfinite().all():
+        raise ValueError(f"std={std}: a standard deviation in pixel units, or one a channel, not negative")
+    return each.to(x).view(-1, 1, 1)
 
 def divergence(p:Tensor, q:Tensor) -> Tensor: # (B,)
     "KL(softmax p || softmax q) of logits (B,K), in nats."

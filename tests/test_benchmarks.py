@@ -49,7 +49,7 @@ def test_attacks_are_measured_beside_their_floor_and_peers(monkeypatch, capsys):
 
 def test_the_adversarial_step_is_measured_beside_the_clean_and_the_naive_one():
     row, = benchmarks.adversarial_step(None, rounds=1, steps=1, batch=4)
-    assert set(row["peers"]) == {"naive, bf16", "naive, float32"} and row["floor"] > 0
+    assert set(row["peers"]) == {"naive, bf16 channels_last", "naive, float32"} and row["floor"] > 0
 
 
 def test_an_unknown_measure_is_named():

@@ -7,11 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robustcv.core import generator, normalized
+from robustcv.core import SCALES, generator, normalized
 from robustcv.data import ImageSet
+from robustcv.experiments import scale_data
 from robustcv.fgsm import (Transferred, apgd, attacking, dlr_towards, fgsm, fold_batchnorm, gradient, pgd, square, strong_attacks, worst_case,
                            transfer_table)
 from robustcv.models import build_model
+from robustcv.synthetic import make_synthetic
+from robustcv.training import Training, fit
 
 
 class Linear(nn.Module):
@@ -186,6 +189,20 @@ def test_fgsm_and_pgd_are_a_peers(net, images):
     assert (fgsm(net, images, y, 8/255) - torchattacks.FGSM(net, 8/255)(images, y)).abs().max() < 1e-6
     theirs = torchattacks.PGD(net, 8/255, 2/255, 5, random_start=False)(images, y)
     assert (pgd(net, images, y, 8/255, 5, 2/255, random_start=False) - theirs).abs().max() < 1e-6
+
+def test_the_strong_attacks_leave_what_a_peer_s_ensemble_leaves(tmp_path):
+    torchattacks = pytest.importorskip("torchattacks")
+    train, valid = scale_data(SCALES["smoke"], make_synthetic(tmp_path/"tiny-imagenet-200", 60, 20, 4), cache=tmp_path)
+    torch.manual_seed(0); net = build_model("resnet18", 4)
+    fit(net, train, valid, config=Training(4, 16, lr=.02), device="cpu")
+    x, y, eps = valid.images[::2]/255, valid.labels[::2], 2/255
+    _, alive = worst_case(net, x, y, eps, strong_attacks(4, steps=50, queries=100), generator(0))
+    ours, theirs = alive["Square"], alive["clean"].clone()
+    peers = torchattacks.APGD(net, eps=eps, steps=50, n_restarts=1), torchattacks.APGDT(net, eps=eps, steps=50, n_restarts=1, n_classes=4)
+    for attack in peers: theirs &= net(attack(x, y)).argmax(1) == y
+    assert 2 < ours.sum() < alive["clean"].sum() and abs(int(ours.sum()) - int(theirs.sum())) <= 1
+    fab = torchattacks.FAB(net, eps=eps, steps=50, n_restarts=1, n_classes=4)(x[ours], y[ours])
+    assert (net(fab).argmax(1) == y[ours]).all(), "FAB turns nothing more"
 
 def test_lent_examples_are_the_source_s_own_and_cost_one_gradient(x, monkeypatch):
     source, y, asked = Linear(5), torch.arange(12) % 5, []

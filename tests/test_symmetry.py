@@ -1,5 +1,6 @@
 """The symmetries of the square: a group, permutations of pixels, and a network that does not see them."""
 import itertools
+import math
 
 import pytest
 import torch
@@ -7,8 +8,14 @@ from scipy.stats import chisquare
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
-from robustcv.core import generator
-from robustcv.symmetry import ELEMENTS, RandomSymmetry, _by_element, _by_pixel, apply_symmetry, compose, inverse, symmetrize
+from robustcv.core import SCALES, generator
+from robustcv.data import Batches
+from robustcv.experiments import scale_data
+from robustcv.models import build_model
+from robustcv.symmetry import (ELEMENTS, RandomSymmetry, _by_element, _by_pixel, apply_symmetry, compose, inverse, orbit_features,
+                               rotation_response, selectivity, split_at, symmetrize)
+from robustcv.synthetic import make_synthetic
+from robustcv.training import Training, accuracy, fit, fit_from
 
 everything = pytest.mark.parametrize("element", range(8), ids=ELEMENTS)
 
@@ -96,3 +103,83 @@ def test_a_symmetrized_model_is_a_module_like_any_other(net):
     assert {n.removeprefix("model.") for n, _ in model.named_parameters()} == {n for n, _ in net.named_parameters()} and net[0].weight.grad is not None
     with pytest.raises(ValueError, match="average='votes'"): symmetrize(net, "votes")
     with pytest.raises(ValueError, match="as many rows as columns"): model(torch.rand(1, 3, 4, 5))
+
+
+# from a stage on
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("symmetry")
+    train, valid = scale_data(SCALES["smoke"], make_synthetic(folder/"tiny-imagenet-200", 12, 5, 4), cache=folder)
+    return train, valid
+
+def fresh(name="resnet18"): torch.manual_seed(0); return build_model(name, 4)
+
+@pytest.mark.parametrize("name, first", [("resnet18", "layer1"), ("resnet18", "layer3"), ("resnet18", "head"), ("densenet121", "layer3"), ("densenet121", "head"),
+                                         ("mobilenet_v2", "head")])
+def test_the_two_parts_make_up_the_network(name, first):
+    model, x = fresh(name).eval(), images(2, 64)
+    before, after = split_at(model, first)
+    with torch.no_grad(): torch.testing.assert_close(after.eval()(before.eval()(x)), model(x), rtol=1e-5, atol=1e-5)
+    own = {id(p) for m in model.stage(first) for p in m.parameters()}
+    assert own <= {id(p) for p in after.parameters()} <= {id(p) for p in model.parameters()} and not own & {id(p) for p in before.parameters()}
+
+@pytest.mark.parametrize("first", ["layer3", "head"])
+def test_training_on_cached_features_is_training_with_frozen_layers(sets, first):
+    config = Training(2, 12, lr=.02, precision="fp32")
+    cached, plain = fresh(), fresh().freeze_below(first)
+    mine = fit_from(cached, first, *sets, config, seed=3, device="cpu")
+    theirs = fit(plain, *sets, transform=RandomSymmetry(), config=config, seed=3, device="cpu")
+    assert set(mine) == set(theirs)
+    for column in ("loss", "lr", "train_accuracy", "valid_accuracy"): torch.testing.assert_close(*(torch.tensor(h[column].values) for h in (mine, theirs)), rtol=1e-3, atol=1e-4)
+    start = fresh().state_dict()
+    for (k, a), b in zip(cached.state_dict().items(), plain.state_dict().values(), strict=True): torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4, msg=k)
+    kept = [k for k, v in cached.state_dict().items() if v.equal(start[k])]
+    assert all(k in kept for k in start if k.startswith(("net.conv1", "net.bn1", "net.layer1", "net.layer2"))) and "net.fc.weight" not in kept
+
+def test_the_best_weights_can_be_kept(sets):
+    model = fresh()
+    h = fit_from(model, "head", *sets, Training(4, 12, lr=.5, keep="best", precision="fp32"), device="cpu")
+    best = float(accuracy(model, Batches(sets[1], 32), "fp32")[0])*100/len(sets[1])
+    assert best == pytest.approx(h.valid_accuracy.max()) and not model.training
+
+def test_features_of_every_orientation_are_those_of_the_turned_images(sets):
+    before, _ = split_at(fresh().eval(), "layer2")
+    f = orbit_features(before, sets[1], device="cpu")
+    assert f.shape[:2] == (8, len(sets[1]))
+    with torch.no_grad(): torch.testing.assert_close(f[5], before(apply_symmetry(sets[1].images/255, 5)), rtol=1e-4, atol=1e-5)
+
+def test_an_unknown_stage_is_named(sets):
+    with pytest.raises(ValueError, match="unknown stage of resnet18 'layer5'"): fit_from(fresh(), "layer5", *sets)
+
+
+# filters
+
+def grating(angle, k=9):
+    at = torch.arange(k) - (k - 1)/2
+    along = at[:, None]*math.sin(angle) + at*math.cos(angle)
+    return torch.cos(1.6*along)*torch.exp(-(at[:, None]**2 + at**2)/(k/2))
+
+@pytest.mark.parametrize("angle", [0, .4, math.pi/4, 1.2, math.pi/2])
+def test_a_grating_is_selective_whatever_its_direction(angle):
+    one = selectivity(grating(angle).expand(1, 3, -1, -1))
+    assert one > .8
+    torch.testing.assert_close(one, selectivity(grating(0)[None, None]), rtol=.05, atol=0)
+    torch.testing.assert_close(one, selectivity(2*grating(angle)[None, None].rot90(1, (2, 3)) + 1), rtol=1e-3, atol=1e-3)
+
+def test_what_looks_the_same_in_all_directions_is_not_selective():
+    at = torch.arange(9.) - 4
+    bell = torch.exp(-(at[:, None]**2 + at**2)/4)
+    plaid = grating(0) + grating(math.pi/2)
+    assert (selectivity(torch.stack([bell, plaid, torch.zeros(9, 9)])[:, None]) < 1e-3).all()
+
+def test_the_response_of_a_stage_to_turning_images(sets):
+    model, x = fresh().eval(), sets[1].images[:4]/255
+    r = rotation_response(model, x, "layer1", (0, 90, 360))
+    seen = []
+    hook = model.stage("layer1")[-1].register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.no_grad(): model(x)
+    hook.remove()
+    torch.testing.assert_close(r[0], seen[0].mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(r[0], r[2], rtol=1e-2, atol=1e-2)
+    assert r.shape == (3, 64) and not torch.allclose(r[0], r[1], rtol=1e-3) and not any(m._forward_hooks for m in model.modules())
