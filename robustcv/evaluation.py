@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'Perturbation', 'add_noise', 'occlude', 'standard_perturbations', 'color_perturbations',
-           'erase_perturbations', 'attack_perturbations', 'random_signs', 'show_perturbations', 'TrustWarning',
-           'check_trust', 'evaluate', 'wilson', 'compare', 'pack', 'unpack', 'plot_bars', 'plot_strength',
-           'plot_confusions']
+           'erase_perturbations', 'stability_perturbations', 'symmetry_perturbations', 'attack_perturbations',
+           'random_signs', 'show_perturbations', 'TrustWarning', 'check_trust', 'evaluate', 'wilson', 'compare', 'pack',
+           'unpack', 'plot_bars', 'plot_strength', 'plot_confusions']
 
-# %% ../nbs/05_evaluation.ipynb #1fc1b239
+# %% ../nbs/05_evaluation.ipynb #60c2b63b
 import base64, math, time, warnings
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,8 @@ from .core import derive_seed, model_colors, normalized, pick_device
 from .data import Batches, ImageSet, show_images, take
 from .fgsm import Transferred, fold_batchnorm, pgd, strong_attacks, worst_case
 from .random_erase import RandomErase
+from .stability import SEVERITIES, corrupt, jpeg, rescale, salt_and_pepper, uniform_noise
+from .symmetry import ELEMENTS, RandomSymmetry, apply_symmetry
 from .training import autocast
 from .transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip, gaussian_blur
 
@@ -93,6 +95,19 @@ def erase_perturbations(places:int=5, # of the square's centre along each side
     return [*[Perturbation(f"augmented: {name}", _still(Compose(*ops))) for name, ops in own.items()],
             Perturbation("augmented: flip + crop + erase", lambda x, y, model: Compose(*own["flip + erase"])(crop(x, y, model))),
             *[Perturbation(f"occlusion at {r:g}, {c:g}", _still(occlude, s, (r, c)), s, "side of the square / image") for s in sides for r in centres for c in centres]]
+
+# %% ../nbs/05_evaluation.ipynb #d164fa23
+def stability_perturbations() -> list[Perturbation]:
+    "Stronger noise of several kinds, compression, loss of resolution, and the common corruptions at five severities."
+    kinds = {"noise, article": (lambda x, s: add_noise(x, normalized(s)), (.2, .4, .6, 1.), "standard deviation, normalised"),
+             "uniform noise": (uniform_noise, (.1, .2), "half width, pixels in [0,1]"), "salt and pepper": (salt_and_pepper, (.02, .05, .1), "share of the values"),
+             "JPEG": (jpeg, (80, 50, 30, 10), "quality"), "rescaling": (rescale, (.75, .5, .25), "of the side")}
+    return [*[Perturbation(name, _still(f, s), s, unit) for name, (f, strengths, unit) in kinds.items() for s in strengths],
+            *[Perturbation(f"corruption: {kind}", _still(corrupt, kind, s), s, "severity") for kind in SEVERITIES for s in range(1, 6)]]
+
+def symmetry_perturbations() -> list[Perturbation]:
+    "The two symmetries of the square that the standard perturbations lack, and one at random for each image."
+    return [*[Perturbation(ELEMENTS[e], _still(apply_symmetry, e)) for e in (5, 7)], Perturbation("random symmetry", _still(RandomSymmetry()))]
 
 # %% ../nbs/05_evaluation.ipynb #11fb9c12
 def attack_perturbations(sources=None, # name to a `Transferred` network

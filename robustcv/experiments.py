@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'EXTRA', 'ATTACKED', 'QUICK', 'Run', 'baseline', 'color_jitter', 'random_erase', 'attacked', 'adversarial',
-           'scale_data', 'describe_data', 'train_run', 'trained_model', 'run_section', 'one_setting', 'table',
-           'caption', 'markdown', 'pool', 'by_name', 'filters']
+           'stable', 'symmetric', 'scale_data', 'describe_data', 'train_run', 'trained_model', 'run_section',
+           'one_setting', 'table', 'caption', 'markdown', 'pool', 'by_name', 'filters']
 
-# %% ../nbs/20_experiments.ipynb #e5fd3c9a
+# %% ../nbs/20_experiments.ipynb #0f3ba2a5
 import base64, time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -23,19 +23,21 @@ from torchvision.transforms import v2
 from .adversarial_training import (FreeAdversarial, WarmUp, WatchPGD, adversarial_data_loss, adversarial_loss, fgsm_rs_loss, pgd_loss,
                                            trades_loss)
 from .color_jitter import ColorJitter
-from .core import (SCALES, Scale, append_record, choose, derive_seed, describe, load_records, make_record, pick_device, run_id,
-                           seed_everything)
+from .core import (SCALES, Scale, append_record, choose, derive_seed, describe, load_records, make_record, normalized, pick_device,
+                           run_id, seed_everything)
 from .data import ImageSet, cache_folder, load_data, subset
-from .evaluation import attack_perturbations, color_perturbations, erase_perturbations, evaluate, pack, standard_perturbations, unpack
+from .evaluation import (attack_perturbations, color_perturbations, erase_perturbations, evaluate, pack, stability_perturbations,
+                                 standard_perturbations, symmetry_perturbations, unpack)
 from .fgsm import Transferred
 from .models import build_model, first_conv, load_model, save_model
 from .random_erase import GaussianDistortion, RandomErase
+from .stability import RandomNoise, stability_loss
 from .synthetic import make_synthetic
-from .training import Training, cross_entropy, fit
+from .training import Training, cross_entropy, fit, fit_from
 from .transforms import (Compose, Pad, PerImage, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
                                  RandomRotation, RandomVerticalFlip)
 
-# %% ../nbs/20_experiments.ipynb #4c6f703b
+# %% ../nbs/20_experiments.ipynb #728ac397
 @dataclass(frozen=True)
 class Run:
     "What is trained, and how; the scale adds how much."
@@ -49,11 +51,14 @@ class Run:
     training:dict = field(default_factory=dict) # fields of `Training` that differ from the defaults and the scale
     watch:object = None # class whose instance measures more after every epoch, see `fit`
     sources:tuple = () # (section, name) of runs whose FGSM examples it is measured on, too
+    start:tuple = () # (section, name) of the run whose network, of the same seed, it starts from
+    first:str|None = None # the first stage that is trained, with images in all orientations, see `fit_from`; None: all stages, as `fit` does
+    length:float|None = None # of the training, in the scale's epochs; None: 1
 
     def settings(self, scale:Scale) -> Training:
         "The training settings at a scale."
         given = replace(Training(epochs=scale.epochs, batch_size=scale.batch_size, lr=scale.lr), **self.training)
-        return replace(given, epochs=max(1, round(given.epochs/(given.replays or 1)))) # as many steps, replays or not
+        return replace(given, epochs=max(1, round(given.epochs*(self.length or 1)/(given.replays or 1)))) # as many steps, replays or not
 
 def baseline() -> list[Run]:
     "Plain training, and training with horizontal flips and reflected crops."
@@ -101,9 +106,27 @@ def adversarial() -> list[Run]:
     return [Run("adversarial_training", name, transform=baseline()[0].transform, objective=objective, training=training, watch=WatchPGD,
                 sources=(("fgsm", "DenseNet-121"),)) for name, (objective, training) in kinds.items()]
 
-# %% ../nbs/20_experiments.ipynb #7c0c8656
-SECTIONS = {"baseline": baseline, "color_jitter": color_jitter, "random_erase": random_erase, "fgsm": attacked, "adversarial_training": adversarial}
-EXTRA = {"color_jitter": color_perturbations, "random_erase": erase_perturbations} # what a section measures beyond the standard perturbations
+# %% ../nbs/20_experiments.ipynb #c1d449fc
+def stable() -> list[Run]:
+    "Stability training over its weight and its noise; noise as an augmentation; AugMix."
+    augment = baseline()[0].transform
+    weights = {f"α = {a:g}": partial(stability_loss, alpha=a) for a in (.001, .01, .1, 1.)}
+    noises = {f"σ = {s:g}": partial(stability_loss, std=normalized(s)) for s in (.05, .2, .4)}
+    return [Run("stability", "baseline", transform=augment), *[Run("stability", n, transform=augment, objective=o) for n, o in (weights | noises).items()],
+            *[Run("stability", f"noise {s:g}", transform=Compose(augment, RandomNoise(normalized(s)))) for s in (.1, .4)],
+            Run("stability", "AugMix", transform=Compose(augment, PerImage(v2.AugMix())))]
+
+def symmetric() -> list[Run]:
+    "The upright baseline, retrained from each stage on."
+    again, start = dict(lr=.02, keep="best"), ("symmetry", "baseline")
+    firsts = {"classifier": "head", **{f"layer {i}+": f"layer{i}" for i in (4, 3, 2, 1)}, "all": "stem"}
+    return [Run(*start, transform=RandomCrop(64, 4, "reflect")), *[Run("symmetry", n, start=start, first=f, length=4/3, training=again) for n, f in firsts.items()],
+            Run("symmetry", "two phases", start=("symmetry", "layer 2+"), first="layer4", length=1/3, training=again)]
+
+# %% ../nbs/20_experiments.ipynb #5aa2f794
+SECTIONS = {"baseline": baseline, "color_jitter": color_jitter, "random_erase": random_erase, "fgsm": attacked, "adversarial_training": adversarial,
+            "stability": stable, "symmetry": symmetric}
+EXTRA = {"color_jitter": color_perturbations, "random_erase": erase_perturbations, "stability": stability_perturbations, "symmetry": symmetry_perturbations} # what a section measures beyond the standard perturbations
 ATTACKED = ("fgsm", "adversarial_training") # sections that measure `attack_perturbations`
 QUICK = dict(most=(16, 16), steps=5, targets=1, queries=5) # for smoke: that they run, not how strong they are
 
@@ -127,16 +150,18 @@ def describe_data(train:ImageSet, valid:ImageSet) -> dict:
     return dict(name=train.name, synthetic=train.synthetic, fingerprint=f"{train.fingerprint}-{valid.fingerprint}",
                 classes=len(train.classes), train=len(train), valid=len(valid), pixels=train.images.shape[-1])
 
-# %% ../nbs/20_experiments.ipynb #5efbe074
+# %% ../nbs/20_experiments.ipynb #30728f29
 def _attacks(sources, scale): return attack_perturbations(sources, **(QUICK if scale.name == "smoke" else {}))
 
 def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, device, folder,
               sources=None, # name to `Transferred`
+              start=None, # the network to start from; None: a new one
              ) -> dict: # metrics of the record
     "Train and measure one run; its checkpoints and its model stay in `folder`."
     seed_everything(derive_seed(seed, "weights"))
-    model = build_model(run.model, len(train.classes), pretrained=run.pretrained, stem=run.stem)
-    history = fit(model, train, valid, run.objective, run.transform, run.settings(scale), seed, device, folder, run.watch and run.watch())
+    model = start or build_model(run.model, len(train.classes), pretrained=run.pretrained, stem=run.stem)
+    if run.first: history = fit_from(model, run.first, train, valid, run.settings(scale), seed, device)
+    else: history = fit(model, train, valid, run.objective, run.transform, run.settings(scale), seed, device, folder, run.watch and run.watch())
     save_model(model, Path(folder)/"model.safetensors")
     perturbations = standard_perturbations() + EXTRA.get(run.section, list)() + (_attacks(sources, scale) if run.section in ATTACKED else [])
     table = evaluate(model, valid, perturbations, seed=seed, device=device)
@@ -146,7 +171,7 @@ def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, de
                 valid_accuracy=kept.valid_accuracy, images_per_second=history.images_per_second.median(),
                 filters=dict(shape=filters.shape, float16=base64.b64encode(filters.astype("<f2").tobytes()).decode()))
 
-# %% ../nbs/20_experiments.ipynb #2b2783ed
+# %% ../nbs/20_experiments.ipynb #f6a2f991
 def _identity(run, scale, seed, about, folder):
     "A run's configuration, its id, and the folder of its checkpoints and model."
     config = describe(dict(run=run, training=run.settings(scale)))
@@ -156,16 +181,17 @@ def _identity(run, scale, seed, about, folder):
 def trained_model(section:str, name:str, # of the run
                   scale:Scale, about:dict, # the scale, and what `describe_data` says of the images
                   folder="runs", # of the models
+                  seed:int|None=None, # None: the scale's first
                  ): # `Classifier` in evaluation mode
-    "The network that a run left behind, at the scale's first seed."
-    run, seed = next(r for r in SECTIONS[section]() if r.name == name), scale.seeds[0]
+    "The network that a run left behind."
+    run, seed = next(r for r in SECTIONS[section]() if r.name == name), scale.seeds[0] if seed is None else seed
     file = _identity(run, scale, seed, about, folder)[2]/"model.safetensors"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: adversarial examples are crafted on this network; train it first: "
-                                f"`robustcv run {section} --only '{name}' --scale {scale.name}`, with the same data and folder")
+        raise FileNotFoundError(f"{file}: another run needs this network; train it first: `robustcv run {section} --only '{name}' --scale {scale.name}`, "
+                                f"with the same data and folder, and seed {seed}")
     return load_model(file)
 
-# %% ../nbs/20_experiments.ipynb #0d28a923
+# %% ../nbs/20_experiments.ipynb #58a7d906
 def run_section(section:str, # one of `SECTIONS`
                 scale:str="demo", # one of `SCALES`
                 data=None, # folder of images, see `load_data`; None: synthetic, for smoke and demo
@@ -193,7 +219,8 @@ def run_section(section:str, # one of `SECTIONS`
         start = time.perf_counter()
         for s, name in run.sources:
             if name not in lent: lent[name] = Transferred(trained_model(s, name, scale, about, folder))
-        metrics = train_run(run, scale, train, valid, seed, device, where, {name: lent[name] for _, name in run.sources})
+        begin = trained_model(*run.start, scale, about, folder, seed) if run.start else None
+        metrics = train_run(run, scale, train, valid, seed, device, where, {name: lent[name] for _, name in run.sources}, begin)
         append_record(file, make_record(section, run.name, scale.name, config, seed, about, device, time.perf_counter() - start, metrics))
         (where/"state.pt").unlink(missing_ok=True) # on record now: nothing to resume
         say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {time.perf_counter() - start:.0f} s")

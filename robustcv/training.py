@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cross_entropy', 'Training', 'autocast', 'accuracy', 'Checkpoint', 'fit', 'fit_from', 'plot_history']
 
-# %% ../nbs/04_training.ipynb #508c7ff3
+# %% ../nbs/04_training.ipynb #cab97e7d
 import io, json, math, time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .core import atomic_path, choose, derive_seed, describe, generator, model_colors, pick_device
 from .data import Batch, Batches, ImageSet, take
 from .models import Classifier, save_model
-from .symmetry import RandomSymmetry, orbit_features, split_at
+from .symmetry import RandomSymmetry, orbit_features, split_at, turned
 
 # %% ../nbs/04_training.ipynb #ec554b89
 def cross_entropy(model, # maps (B,3,H,W) in [0,1] to logits (B,K)
@@ -218,7 +218,7 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
     model.eval()
     return pd.DataFrame(run.checkpoint.history)
 
-# %% ../nbs/04_training.ipynb #2fee07fc
+# %% ../nbs/04_training.ipynb #a396ef81
 def fit_from(model:Classifier, # trained in place, from a stage on
              first:str, # the first stage that is trained
              train:ImageSet, valid:ImageSet, # square images
@@ -226,14 +226,14 @@ def fit_from(model:Classifier, # trained in place, from a stage on
              seed:int=0, # of order and orientations
              device=None, # None: the best there is
             ) -> pd.DataFrame: # as `fit` returns it
-    "`fit` with `RandomSymmetry` and frozen layers before `first`, whose outputs are computed once for each orientation."
+    "`fit` with `RandomSymmetry` and frozen layers before `first`, computed once for each orientation; accuracies are on images turned at random."
     device = pick_device(device)
     model.freeze_below(first).to(device)
     before, after = split_at(model, first)
     few = take(train, torch.randperm(len(train), generator=generator(seed, "probe"))[:len(valid)].sort().values)
     with autocast(device, config.precision):
         cached = orbit_features(before, train, device=device)
-        probes = {n: (orbit_features(before, s, [0], device)[0], s.labels.to(device)) for n, s in (("train_accuracy", few), ("valid_accuracy", valid))}
+        probes = {n: (orbit_features(before, turned(s), [0], device)[0], s.labels.to(device)) for n, s in (("train_accuracy", few), ("valid_accuracy", valid))}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
     batches = Batches(train, config.batch_size, shuffle=True, drop_last=True, seed=seed)
     run = _Cached(after, cached, probes, batches, optimizer, _one_cycle(optimizer, config, config.epochs*len(batches)), config, seed, device)
