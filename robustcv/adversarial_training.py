@@ -74,7 +74,7 @@ def _half_normal(n, device):
     u = torch.rand(n, device=device)*torch.erf(torch.tensor(2/2**.5))
     return torch.erfinv(u)*2**.5/2
 
-# %% ../nbs/13_adversarial_training.ipynb #d2a05564
+# %% ../nbs/13_adversarial_training.ipynb #9344b348
 def pgd_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
              eps:float|Tensor|None=None, # L-inf radius in pixel units, or one per channel; None: normalized(0.2)
              steps:int=7, # of the attack
@@ -85,6 +85,7 @@ def pgd_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
     adv = _ascend(model, batch.images, radius, steps, 2.5/steps if step_size is None else step_size, lambda out: cross_entropies(out, batch.labels))
     return _mean_loss(model, adv, batch.labels)
 
+# %% ../nbs/13_adversarial_training.ipynb #25ee8669
 def fgsm_rs_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
                  eps:float|Tensor|None=None, # L-inf radius in pixel units, or one per channel; None: normalized(0.2)
                  step_size:float=1.25, # in radii
@@ -130,7 +131,7 @@ class FreeAdversarial:
         self._delta, self._from = torch.maximum(torch.minimum(step, radius), -radius), now
         return loss.detach().requires_grad_(True) # a number whose gradient is there already
 
-# %% ../nbs/13_adversarial_training.ipynb #5168177b
+# %% ../nbs/13_adversarial_training.ipynb #17c6a825
 @dataclass
 class WarmUp:
     "Clean epochs first, then another objective."
@@ -143,6 +144,7 @@ class WarmUp:
 class CollapseWarning(UserWarning):
     "PGD accuracy has collapsed: the network has learnt to defeat the attack it is trained on, not to be robust."
 
+# %% ../nbs/13_adversarial_training.ipynb #f73d57c0
 class WatchPGD:
     "For `fit(watch=…)`: accuracy under PGD after every epoch, and a warning when it collapses."
     def __init__(self,

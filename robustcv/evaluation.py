@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'Perturbation', 'add_noise', 'occlude', 'standard_perturba
            'random_signs', 'show_perturbations', 'TrustWarning', 'check_trust', 'evaluate', 'wilson', 'compare', 'pack',
            'unpack', 'plot_bars', 'plot_strength', 'plot_confusions']
 
-# %% ../nbs/05_evaluation.ipynb #60c2b63b
+# %% ../nbs/05_evaluation.ipynb #cf081b76
 import base64, math, time, warnings
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from .core import derive_seed, model_colors, normalized, pick_device
 from .data import Batches, ImageSet, show_images, take
-from .fgsm import Transferred, fold_batchnorm, pgd, strong_attacks, worst_case
+from .fgsm import fgsm, fold_batchnorm, pgd, strong_attacks, worst_case
 from .random_erase import RandomErase
 from .stability import SEVERITIES, corrupt, jpeg, rescale, salt_and_pepper, uniform_noise
 from .symmetry import ELEMENTS, RandomSymmetry, apply_symmetry
@@ -109,19 +109,19 @@ def symmetry_perturbations() -> list[Perturbation]:
     "The two symmetries of the square that the standard perturbations lack, and one at random for each image."
     return [*[Perturbation(ELEMENTS[e], _still(apply_symmetry, e)) for e in (5, 7)], Perturbation("random symmetry", _still(RandomSymmetry()))]
 
-# %% ../nbs/05_evaluation.ipynb #11fb9c12
+# %% ../nbs/05_evaluation.ipynb #7160a53e
 def attack_perturbations(sources=None, # name to a `Transferred` network
                          eps=(.05, .1, .2, .3, .4), # radii of the single-step attacks, normalised units
                          most=(500, 200), # images for PGD and for the strong attacks
                          **strong, # see `strong_attacks`; by default Square has 1,000 queries
                         ) -> list[Perturbation]:
     "FGSM, on the network itself and from others, random signs of the same size, and at 0.2 PGD with 20 steps and the strong attacks."
-    P, own = partial(Perturbation, unit="ε, normalised", fp32=True), {}
-    def single(e, source): return lambda x, y, model: (source or own.setdefault(id(model), Transferred(model)))(x, y, normalized(e))
-    def iterated(attack, **kwargs): return lambda x, y, model: attack(fold_batchnorm(model), x, y, normalized(.2), **kwargs)
-    lent = {"FGSM": None, **{f"FGSM from {name}": source for name, source in (sources or {}).items()}}
-    return [*[P("random signs", _still(random_signs, normalized(e)), e) for e in eps], *[P(name, single(e, s), e) for name, s in lent.items() for e in eps],
-            P("PGD-20", iterated(pgd), .2, most=most[0]), P("strong attacks", iterated(_strong, **strong), .2, most=most[1])]
+    P = partial(Perturbation, unit="ε, normalised", fp32=True)
+    def own(attack, e, **kwargs): return lambda x, y, model: attack(fold_batchnorm(model), x, y, normalized(e), **kwargs)
+    def lent(source, e): return lambda x, y, model: source(x, y, normalized(e))
+    return [*[P("random signs", _still(random_signs, normalized(e)), e) for e in eps], *[P("FGSM", own(fgsm, e), e) for e in eps],
+            *[P(f"FGSM from {name}", lent(source, e), e) for name, source in (sources or {}).items() for e in eps],
+            P("PGD-20", own(pgd, .2), .2, most=most[0]), P("strong attacks", own(_strong, .2, **strong), .2, most=most[1])]
 
 def random_signs(x, eps):
     "Noise of the size of an FGSM example's, without its direction."

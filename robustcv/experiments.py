@@ -150,7 +150,7 @@ def describe_data(train:ImageSet, valid:ImageSet) -> dict:
     return dict(name=train.name, synthetic=train.synthetic, fingerprint=f"{train.fingerprint}-{valid.fingerprint}",
                 classes=len(train.classes), train=len(train), valid=len(valid), pixels=train.images.shape[-1])
 
-# %% ../nbs/20_experiments.ipynb #30728f29
+# %% ../nbs/20_experiments.ipynb #a626dcaa
 def _attacks(sources, scale): return attack_perturbations(sources, **(QUICK if scale.name == "smoke" else {}))
 
 def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, device, folder,
@@ -160,7 +160,7 @@ def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, de
     "Train and measure one run; its checkpoints and its model stay in `folder`."
     seed_everything(derive_seed(seed, "weights"))
     model = start or build_model(run.model, len(train.classes), pretrained=run.pretrained, stem=run.stem)
-    if run.first: history = fit_from(model, run.first, train, valid, run.settings(scale), seed, device)
+    if run.first: history = fit_from(model, run.first, train, valid, run.settings(scale), seed, device, folder)
     else: history = fit(model, train, valid, run.objective, run.transform, run.settings(scale), seed, device, folder, run.watch and run.watch())
     save_model(model, Path(folder)/"model.safetensors")
     perturbations = standard_perturbations() + EXTRA.get(run.section, list)() + (_attacks(sources, scale) if run.section in ATTACKED else [])

@@ -22,7 +22,7 @@ from .core import generator as make_generator, normalized, pick_device
 from .data import Batch, Batches, ImageSet
 from .transforms import Transform
 
-# %% ../nbs/14_stability.ipynb #39a08184
+# %% ../nbs/14_stability.ipynb #afb15f3d
 def _deviation(std, x):
     "A standard deviation as a tensor that broadcasts over images."
     each = normalized(0.1) if std is None else torch.as_tensor(std, dtype=torch.float32)
@@ -34,6 +34,7 @@ def divergence(p:Tensor, q:Tensor) -> Tensor: # (B,)
     "KL(softmax p || softmax q) of logits (B,K), in nats."
     return F.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="none", log_target=True).sum(1)
 
+# %% ../nbs/14_stability.ipynb #eb93cfec
 def stability_loss(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K), in training mode
                    batch:Batch, # images and labels
                    backward=None, # not needed here
@@ -73,7 +74,7 @@ class RandomNoise(Transform):
 
     def extra_repr(self): return f"std={[round(v, 4) for v in self.std.flatten().tolist()]}, p={self.p}"
 
-# %% ../nbs/14_stability.ipynb #63851eb9
+# %% ../nbs/14_stability.ipynb #13116fbc
 def _noisy(x, std): return (x + std*torch.randn_like(x)).clamp(0, 1)
 
 def shot_noise(x:Tensor, rate:float) -> Tensor: # rate: photons at full brightness
@@ -89,6 +90,7 @@ def uniform_noise(x:Tensor, half:float) -> Tensor:
     "Noise between -half and half."
     return (x + half*(2*torch.rand_like(x) - 1)).clamp(0, 1)
 
+# %% ../nbs/14_stability.ipynb #b9a61fe8
 def jpeg(x:Tensor, quality:int) -> Tensor: # 1 to 95
     "Compressed and decompressed by Pillow, image by image."
     def there_and_back(pixels):
@@ -132,12 +134,13 @@ def corrupt(x:Tensor, # images (B,3,H,W) in [0,1]
     f, strengths = SEVERITIES[kind]
     return f(x, strengths[severity - 1])
 
-# %% ../nbs/14_stability.ipynb #174e5f7c
+# %% ../nbs/14_stability.ipynb #3072dc44
 def lower_bound(hits, n:int, alpha:float): # the bound, as `hits`
     "The one-sided Clopper-Pearson bound of a probability: below it with probability `alpha` at most."
     hits = torch.as_tensor(hits)
     return torch.as_tensor(beta.ppf(alpha, hits.numpy(), n - hits.numpy() + 1)).nan_to_num(0.)
 
+# %% ../nbs/14_stability.ipynb #ac174c2d
 @torch.no_grad()
 def certify(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
             images:ImageSet, # to be certified
@@ -165,7 +168,7 @@ def certify(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     for m, was in modes.items(): m.training = was
     return pd.DataFrame(rows, columns=["label", "predicted", "p", "radius"])
 
-# %% ../nbs/14_stability.ipynb #026e3495
+# %% ../nbs/14_stability.ipynb #d6bc3a65
 def _votes(model, x, sigma, n, batch_size, gen):
     "How often each class is named, for n noisy copies of an image; the noise is not clipped, as the certificate needs it."
     votes = 0
@@ -176,6 +179,7 @@ def _votes(model, x, sigma, n, batch_size, gen):
 
 def _probit(p): return math.sqrt(2)*float(torch.erfinv(torch.tensor(2*p - 1, dtype=torch.float64)))
 
+# %% ../nbs/14_stability.ipynb #bda355b1
 def certified_accuracy(table:pd.DataFrame, # from `certify`
                        radii, # L2, pixel units
                       ) -> pd.DataFrame: # a row a radius: accuracy in % with its 95 % Clopper-Pearson interval

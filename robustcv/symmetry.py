@@ -36,7 +36,7 @@ def apply_symmetry(images:Tensor, # (…,H,W)
     turned = images.rot90(element % 4, (-2, -1))
     return turned.flip(-1) if element >= 4 else turned
 
-# %% ../nbs/15_symmetry.ipynb #4c20d766
+# %% ../nbs/15_symmetry.ipynb #3821a378
 class RandomSymmetry(Transform):
     "One of the eight symmetries of the square, with equal probability, for each image on its own."
     def draw(self, x, generator=None):
@@ -60,6 +60,7 @@ def _check_square(x):
     check_images(x)
     if x.shape[2] != x.shape[3]: raise ValueError(f"images: {x.shape[2]} by {x.shape[3]} pixels; the symmetries of the square need as many rows as columns")
 
+# %% ../nbs/15_symmetry.ipynb #f4039bba
 def _by_element(x, element):
     out = torch.empty_like(x)
     for e in element.unique().tolist():
@@ -72,7 +73,7 @@ def _by_pixel(x, element):
     places = torch.stack([apply_symmetry(torch.arange(n*n, device=x.device).view(n, n), e).flatten() for e in range(8)])
     return x.flatten(2).gather(2, places[element.to(x.device)][:, None].expand(-1, x.shape[1], -1)).view_as(x)
 
-# %% ../nbs/15_symmetry.ipynb #e1fd78e8
+# %% ../nbs/15_symmetry.ipynb #99039c62
 def split_at(model:Classifier, # whose network torch.fx can trace
              first:str, # a stage of it
             ) -> tuple[nn.Module, nn.Module]: # images in [0,1] to what `first` is given; and from there to logits
@@ -90,6 +91,7 @@ def split_at(model:Classifier, # whose network torch.fx can trace
     modules = [torch.fx.GraphModule(model.net, g) for g in graphs]
     return nn.Sequential(_Normalize(model), modules[0]), modules[1]
 
+# %% ../nbs/15_symmetry.ipynb #a2cbe506
 def _edge(nodes, path):
     "The node through which everything goes on its way to the module at a path."
     at = next(i for i, n in enumerate(nodes) if n.op == "call_module" and (n.target + ".").startswith(path + "."))

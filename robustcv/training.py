@@ -218,18 +218,24 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
     model.eval()
     return pd.DataFrame(run.checkpoint.history)
 
-# %% ../nbs/04_training.ipynb #a396ef81
+# %% ../nbs/04_training.ipynb #821cfe34
 def fit_from(model:Classifier, # trained in place, from a stage on
              first:str, # the first stage that is trained
              train:ImageSet, valid:ImageSet, # square images
              config:Training=Training(), # how long and how fast
              seed:int=0, # of order and orientations
              device=None, # None: the best there is
+             folder=None, # see `fit`; used only where the features do not fit
+             most:float=4., # gigabytes that the features may take; beyond, they are computed anew for every batch
             ) -> pd.DataFrame: # as `fit` returns it
     "`fit` with `RandomSymmetry` and frozen layers before `first`, computed once for each orientation; accuracies are on images turned at random."
     device = pick_device(device)
     model.freeze_below(first).to(device)
     before, after = split_at(model, first)
+    with torch.no_grad(): size = 8*len(train)*before.eval()(train.images[:1].to(device)/255).numel()*4/1e9
+    if size > most:
+        print(f"from {first} on: features of {len(train):,} images in 8 orientations would take {size:.1f} GB, more than {most:g}: computed anew for every batch", flush=True)
+        return fit(model, train, turned(valid), transform=RandomSymmetry(), config=config, seed=seed, device=device, folder=folder)
     few = take(train, torch.randperm(len(train), generator=generator(seed, "probe"))[:len(valid)].sort().values)
     with autocast(device, config.precision):
         cached = orbit_features(before, train, device=device)

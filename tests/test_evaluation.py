@@ -356,6 +356,14 @@ def test_attacks_are_measured_on_the_network_itself_and_on_others_examples():
     assert [r.hits.tolist() for r in rows.itertuples()] == [(y[torch.linspace(0, 39, k).long()] == 0).tolist() for k in (10, 6)], "one that cannot be moved does"
 
 
+def test_a_network_that_has_changed_is_attacked_anew():
+    data, model = images(40), linear()
+    attacks = [p for p in attack_perturbations() if p.name == "FGSM"][:1]
+    before = table(model, data, attacks)
+    with torch.no_grad(): model[1].weight.copy_(linear()[1].weight.flip(0)*3)
+    x, y = data.images/255, data.labels
+    assert table(model, data, attacks).predicted[0].tolist() == model(fgsm(model, x, y, normalized(.05))).argmax(1).tolist() != before.predicted[0].tolist()
+
 def test_random_signs_have_the_size_of_an_attack_and_both_directions():
     x = torch.full((4, 3, 16, 16), .5)
     p = next(p for p in attack_perturbations() if (p.name, p.strength) == ("random signs", .2))

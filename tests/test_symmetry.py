@@ -137,6 +137,12 @@ def test_training_on_cached_features_is_training_with_frozen_layers(sets, first)
     kept = [k for k, v in cached.state_dict().items() if v.equal(start[k])]
     assert all(k in kept for k in start if k.startswith(("net.conv1", "net.bn1", "net.layer1", "net.layer2"))) and "net.fc.weight" not in kept
 
+def test_features_that_do_not_fit_are_computed_anew(sets, capsys):
+    config = Training(1, 12, lr=.02, precision="fp32")
+    small, large = (fit_from(fresh(), "layer4", *sets, config, device="cpu", most=m) for m in (1e-9, 4.))
+    assert "would take" in capsys.readouterr().out
+    torch.testing.assert_close(small.loss[0], large.loss[0], rtol=1e-3, atol=1e-4); assert small.valid_accuracy[0] == large.valid_accuracy[0]
+
 def test_the_best_weights_can_be_kept(sets):
     model = fresh()
     h = fit_from(model, "head", *sets, Training(4, 12, lr=.5, keep="best", precision="fp32"), device="cpu")
