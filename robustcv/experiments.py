@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'EXTRA', 'ATTACKED', 'QUICK', 'Run', 'baseline', 'color_j
            'stable', 'symmetric', 'scale_data', 'describe_data', 'train_run', 'trained_model', 'run_section',
            'one_setting', 'table', 'caption', 'markdown', 'pool', 'by_name', 'filters']
 
-# %% ../nbs/20_experiments.ipynb #0f3ba2a5
+# %% ../nbs/20_experiments.ipynb #d78b6ff1
 import base64, time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -26,8 +26,8 @@ from .color_jitter import ColorJitter
 from .core import (SCALES, Scale, append_record, choose, derive_seed, describe, load_records, make_record, normalized, pick_device,
                            run_id, seed_everything)
 from .data import ImageSet, cache_folder, load_data, subset
-from .evaluation import (attack_perturbations, color_perturbations, erase_perturbations, evaluate, pack, stability_perturbations,
-                                 standard_perturbations, symmetry_perturbations, unpack)
+from .evaluation import (attack_perturbations, color_perturbations, erase_perturbations, evaluate, measure_certificates, measure_orbit, pack,
+                                 stability_perturbations, standard_perturbations, symmetry_perturbations, unpack)
 from .fgsm import Transferred
 from .models import build_model, first_conv, load_model, save_model
 from .random_erase import GaussianDistortion, RandomErase
@@ -37,7 +37,7 @@ from .training import Training, cross_entropy, fit, fit_from
 from .transforms import (Compose, Pad, PerImage, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
                                  RandomRotation, RandomVerticalFlip)
 
-# %% ../nbs/20_experiments.ipynb #728ac397
+# %% ../nbs/20_experiments.ipynb #1a6421ab
 @dataclass(frozen=True)
 class Run:
     "What is trained, and how; the scale adds how much."
@@ -54,6 +54,7 @@ class Run:
     start:tuple = () # (section, name) of the run whose network, of the same seed, it starts from
     first:str|None = None # the first stage that is trained, with images in all orientations, see `fit_from`; None: all stages, as `fit` does
     length:float|None = None # of the training, in the scale's epochs; None: 1
+    pooled:bool = False # with `first`: the logits are averaged over all orientations in training
 
     def settings(self, scale:Scale) -> Training:
         "The training settings at a scale."
@@ -106,11 +107,11 @@ def adversarial() -> list[Run]:
     return [Run("adversarial_training", name, transform=baseline()[0].transform, objective=objective, training=training, watch=WatchPGD,
                 sources=(("fgsm", "DenseNet-121"),)) for name, (objective, training) in kinds.items()]
 
-# %% ../nbs/20_experiments.ipynb #c1d449fc
+# %% ../nbs/20_experiments.ipynb #a2244db5
 def stable() -> list[Run]:
-    "Stability training over its weight and its noise; noise as an augmentation; AugMix."
+    "Stability training over its weight (at 0, noisy copies only pass through batch normalisation) and its noise; noise as an augmentation; AugMix."
     augment = baseline()[0].transform
-    weights = {f"α = {a:g}": partial(stability_loss, alpha=a) for a in (.001, .01, .1, 1.)}
+    weights = {f"α = {a:g}": partial(stability_loss, alpha=a) for a in (0., .001, .01, .1, 1.)}
     noises = {f"σ = {s:g}": partial(stability_loss, std=normalized(s)) for s in (.05, .2, .4)}
     return [Run("stability", "baseline", transform=augment), *[Run("stability", n, transform=augment, objective=o) for n, o in (weights | noises).items()],
             *[Run("stability", f"noise {s:g}", transform=Compose(augment, RandomNoise(normalized(s)))) for s in (.1, .4)],
@@ -121,7 +122,8 @@ def symmetric() -> list[Run]:
     again, start = dict(lr=.02, keep="best"), ("symmetry", "baseline")
     firsts = {"classifier": "head", **{f"layer {i}+": f"layer{i}" for i in (4, 3, 2, 1)}, "all": "stem"}
     return [Run(*start, transform=RandomCrop(64, 4, "reflect")), *[Run("symmetry", n, start=start, first=f, length=4/3, training=again) for n, f in firsts.items()],
-            Run("symmetry", "two phases", start=("symmetry", "layer 2+"), first="layer4", length=1/3, training=again)]
+            Run("symmetry", "two phases", start=("symmetry", "layer 2+"), first="layer4", length=1/3, training=again),
+            *[Run("symmetry", f"{n}, pooled", start=start, first=firsts[n], length=4/3, training=again, pooled=True) for n in ("classifier", "layer 4+")]]
 
 # %% ../nbs/20_experiments.ipynb #5aa2f794
 SECTIONS = {"baseline": baseline, "color_jitter": color_jitter, "random_erase": random_erase, "fgsm": attacked, "adversarial_training": adversarial,
@@ -150,7 +152,7 @@ def describe_data(train:ImageSet, valid:ImageSet) -> dict:
     return dict(name=train.name, synthetic=train.synthetic, fingerprint=f"{train.fingerprint}-{valid.fingerprint}",
                 classes=len(train.classes), train=len(train), valid=len(valid), pixels=train.images.shape[-1])
 
-# %% ../nbs/20_experiments.ipynb #a626dcaa
+# %% ../nbs/20_experiments.ipynb #c6b6b3a6
 def _attacks(sources, scale): return attack_perturbations(sources, **(QUICK if scale.name == "smoke" else {}))
 
 def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, device, folder,
@@ -160,11 +162,13 @@ def train_run(run:Run, scale:Scale, train:ImageSet, valid:ImageSet, seed:int, de
     "Train and measure one run; its checkpoints and its model stay in `folder`."
     seed_everything(derive_seed(seed, "weights"))
     model = start or build_model(run.model, len(train.classes), pretrained=run.pretrained, stem=run.stem)
-    if run.first: history = fit_from(model, run.first, train, valid, run.settings(scale), seed, device, folder)
+    if run.first: history = fit_from(model, run.first, train, valid, run.settings(scale), seed, device, folder, pooled=run.pooled)
     else: history = fit(model, train, valid, run.objective, run.transform, run.settings(scale), seed, device, folder, run.watch and run.watch())
     save_model(model, Path(folder)/"model.safetensors")
     perturbations = standard_perturbations() + EXTRA.get(run.section, list)() + (_attacks(sources, scale) if run.section in ATTACKED else [])
     table = evaluate(model, valid, perturbations, seed=seed, device=device)
+    if run.section == "symmetry": table = measure_orbit(model, valid, table, seed=seed, device=device)
+    if run.section == "stability": table = measure_certificates(model, valid, table, seed=seed, device=device, **(dict(most=4, n0=5, n=20) if scale.name == "smoke" else {}))
     kept = history.iloc[-1] if run.settings(scale).keep == "last" else history.loc[history.valid_accuracy.idxmax()] # the weights measured here
     filters = first_conv(model).weight.detach().float().cpu().numpy()
     return dict(history=history.to_dict("records"), evaluation=pack(table), train_accuracy=kept.train_accuracy,

@@ -149,7 +149,7 @@ def rotation_response(model:Classifier, # in evaluation mode
     finally: hook.remove()
     return torch.stack(seen)
 
-# %% ../nbs/15_symmetry.ipynb #43a3c695
+# %% ../nbs/15_symmetry.ipynb #82a76c06
 class Symmetrized(nn.Module):
     "A classifier averaged over the eight symmetries of the square: exactly invariant, at eight times the cost."
     def __init__(self,
@@ -159,6 +159,7 @@ class Symmetrized(nn.Module):
         super().__init__()
         if average not in ("logits", "probabilities"): raise ValueError(f"average='{average}': use 'logits' or 'probabilities'")
         self.model, self.average = model, average
+        self.train(model.training)
 
     def forward(self, x:Tensor) -> Tensor: # logits (B,K)
         _check_square(x)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cross_entropy', 'Training', 'autocast', 'accuracy', 'Checkpoint', 'fit', 'fit_from', 'plot_history']
 
-# %% ../nbs/04_training.ipynb #cab97e7d
+# %% ../nbs/04_training.ipynb #525f5714
 import io, json, math, time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .core import atomic_path, choose, derive_seed, describe, generator, model_colors, pick_device
 from .data import Batch, Batches, ImageSet, take
 from .models import Classifier, save_model
-from .symmetry import RandomSymmetry, orbit_features, split_at, turned
+from .symmetry import RandomSymmetry, orbit_features, split_at, symmetrize, turned
 
 # %% ../nbs/04_training.ipynb #ec554b89
 def cross_entropy(model, # maps (B,3,H,W) in [0,1] to logits (B,K)
@@ -218,7 +218,7 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
     model.eval()
     return pd.DataFrame(run.checkpoint.history)
 
-# %% ../nbs/04_training.ipynb #821cfe34
+# %% ../nbs/04_training.ipynb #3be1355a
 def fit_from(model:Classifier, # trained in place, from a stage on
              first:str, # the first stage that is trained
              train:ImageSet, valid:ImageSet, # square images
@@ -227,55 +227,66 @@ def fit_from(model:Classifier, # trained in place, from a stage on
              device=None, # None: the best there is
              folder=None, # see `fit`; used only where the features do not fit
              most:float=4., # gigabytes that the features may take; beyond, they are computed anew for every batch
+             pooled:bool=False, # train the average over all orientations, see `Symmetrized`, in place of one at random
             ) -> pd.DataFrame: # as `fit` returns it
     "`fit` with `RandomSymmetry` and frozen layers before `first`, computed once for each orientation; accuracies are on images turned at random."
     device = pick_device(device)
+    _check_fit(model, train, valid)
     model.freeze_below(first).to(device)
-    before, after = split_at(model, first)
-    with torch.no_grad(): size = 8*len(train)*before.eval()(train.images[:1].to(device)/255).numel()*4/1e9
+    model.classes, model.size = train.classes, train.images.shape[-1]
+    with torch.no_grad(): size = 8*len(train)*split_at(model, first)[0].eval()(train.images[:1].to(device)/255).numel()*4/1e9
     if size > most:
         print(f"from {first} on: features of {len(train):,} images in 8 orientations would take {size:.1f} GB, more than {most:g}: computed anew for every batch", flush=True)
-        return fit(model, train, turned(valid), transform=RandomSymmetry(), config=config, seed=seed, device=device, folder=folder)
-    few = take(train, torch.randperm(len(train), generator=generator(seed, "probe"))[:len(valid)].sort().values)
-    with autocast(device, config.precision):
-        cached = orbit_features(before, train, device=device)
-        probes = {n: (orbit_features(before, turned(s), [0], device)[0], s.labels.to(device)) for n, s in (("train_accuracy", few), ("valid_accuracy", valid))}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
-    batches = Batches(train, config.batch_size, shuffle=True, drop_last=True, seed=seed)
-    run = _Cached(after, cached, probes, batches, optimizer, _one_cycle(optimizer, config, config.epochs*len(batches)), config, seed, device)
-    history, best = [], None
-    for epoch in range(config.epochs):
-        history.append(run.epoch(epoch))
-        if history[-1]["valid_accuracy"] >= max(h["valid_accuracy"] for h in history): best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    if config.keep == "best": model.load_state_dict(best)
+        return fit(symmetrize(model) if pooled else model, train, turned(valid), transform=None if pooled else RandomSymmetry(), config=config, seed=seed, device=device, folder=folder)
+    run = _cache(model, first, train, valid, config, seed, device, pooled)
+    checkpoint = Checkpoint(None, model, run.optimizer, run.schedule, "")
+    for epoch in range(config.epochs): checkpoint.save(run.epoch(epoch), main=True)
+    if config.keep == "best": model.load_state_dict(checkpoint.best)
     model.eval()
-    return pd.DataFrame(history)
+    return pd.DataFrame(checkpoint.history)
 
-# %% ../nbs/04_training.ipynb #f0483157
+# %% ../nbs/04_training.ipynb #a9b01e16
+@dataclass
 class _Cached:
-    "An epoch of training on cached features."
-    def __init__(self, after, cached, probes, batches, optimizer, schedule, config, seed, device):
-        self.after, self.cached, self.probes, self.batches, self.optimizer, self.schedule = after, cached, probes, batches, optimizer, schedule
-        self.config, self.seed, self.device = config, seed, device
+    "Epochs of training on cached features."
+    after:nn.Module; cached:Tensor; probes:dict; batches:Batches; optimizer:object; schedule:object; config:Training; seed:int; pooled:bool
 
     def epoch(self, epoch):
         self.after.train(); start, total, gen = time.perf_counter(), 0., generator(self.seed, "transform", epoch)
         row = {"epoch": epoch + 1, "lr": self.schedule.get_last_lr()[0]}
         for b in self.batches.epoch(epoch):
-            element = RandomSymmetry().draw(b.images, gen)["element"].to(self.device)
-            with autocast(self.device, self.config.precision): out = self.after(self.cached[element, b.index.to(self.device)])
-            loss = F.cross_entropy(out.float(), b.labels.to(self.device), label_smoothing=0.1)
+            at = slice(None) if self.pooled else RandomSymmetry().draw(b.images, gen)["element"].to(self.cached.device)
+            features, labels = self.cached[at, b.index.to(self.cached.device)], b.labels.to(self.cached.device)
+            loss = F.cross_entropy(self.logits(features if self.pooled else features[None]), labels, label_smoothing=0.1)
             loss.backward(); self.optimizer.step(); self.schedule.step(); self.optimizer.zero_grad()
             total += float(loss.detach())
         seconds, images = time.perf_counter() - start, len(self.batches)*self.config.batch_size
+        if not math.isfinite(total): raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate (lr={self.config.lr}) or use precision='fp32'")
         row |= {"loss": total/len(self.batches), "seconds": round(seconds, 4), "images_per_second": round(images/seconds, 1)}
         return row | {name: self.accuracy(*p) for name, p in self.probes.items()}
+
+    def logits(self, features):
+        with autocast(features.device, self.config.precision): out = self.after(features.flatten(0, 1))
+        return out.float().unflatten(0, features.shape[:2]).mean(0)
 
     @torch.no_grad()
     def accuracy(self, features, labels):
         self.after.eval()
-        with autocast(self.device, self.config.precision): right = [(self.after(f).argmax(1) == y).sum() for f, y in zip(features.split(256), labels.split(256), strict=True)]
+        right = [(self.logits(f).argmax(1) == y).sum() for f, y in zip(features.split(256, 1), labels.split(256), strict=True)]
         return 100*int(sum(right))/len(labels)
+
+# %% ../nbs/04_training.ipynb #ee3e9d12
+def _cache(model, first, train, valid, config, seed, device, pooled):
+    "What the frozen layers make of all images, with an optimiser for the others."
+    before, after = split_at(model, first)
+    few = take(train, torch.randperm(len(train), generator=generator(seed, "probe"))[:len(valid)].sort().values)
+    with autocast(device, config.precision):
+        cached = orbit_features(before, train, device=device)
+        seen = lambda s: orbit_features(before, s, device=device) if pooled else orbit_features(before, turned(s), [0], device)
+        probes = {n: (seen(s), s.labels.to(device)) for n, s in (("train_accuracy", few), ("valid_accuracy", valid))}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
+    batches = Batches(train, config.batch_size, shuffle=True, drop_last=True, seed=seed)
+    return _Cached(after, cached, probes, batches, optimizer, _one_cycle(optimizer, config, config.epochs*len(batches)), config, seed, pooled)
 
 # %% ../nbs/04_training.ipynb #97dd6a04
 def plot_history(histories:dict, # name to the data frame that `fit` returns

@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from robustcv.core import generator, normalized
 from robustcv.data import Batch, ImageSet
+from robustcv.evaluation import Perturbation, evaluate, measure_certificates, spread_over
 from robustcv.stability import (SEVERITIES, RandomNoise, certified_accuracy, certify, corrupt, defocus, divergence, jpeg, lower_bound, pixelate,
                                 rescale, salt_and_pepper, shot_noise, stability_loss, uniform_noise)
 
@@ -144,6 +145,16 @@ def test_a_coin_abstains():
         def forward(self, x): return torch.stack([x.flatten(1).sum(1).frac(), torch.full((len(x),), .5)], 1)
     t = certify(Coin(), ImageSet(PIXELS, torch.zeros(20).long(), ("a", "b")), 1., n0=10, n=100)
     assert (t.predicted == -1).mean() > .9 and (t.radius[t.predicted == -1] == 0).all()
+
+def test_certified_images_are_rows_of_an_evaluation():
+    model, data = Half().eval(), ImageSet(PIXELS, torch.zeros(20).long(), ("a", "b"))
+    table = evaluate(model, data, [Perturbation("clean", lambda x, y, m: x)], device="cpu", precision="fp32")
+    more = measure_certificates(model, data, table, most=7, device="cpu", n0=20, n=100)
+    assert more.iloc[:1].equals(table) and len(more) == 8
+    rows = more[more.perturbation == "certified"]
+    found = certify(model, spread_over(data, 7), float(normalized(.4).mean()), 20, 100, device="cpu")
+    assert (rows.n == 7).all() and rows.correct.is_monotonic_decreasing
+    assert (rows.hits.iloc[3] == ((found.predicted == 0) & (found.radius >= .09)).to_numpy()).all()
 
 def test_a_certificate_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 2)).train()

@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from robustcv.core import SCALES, generator
 from robustcv.data import Batches
+from robustcv.evaluation import evaluate, measure_orbit, standard_perturbations, symmetry_perturbations
 from robustcv.experiments import scale_data
 from robustcv.models import build_model
 from robustcv.symmetry import (ELEMENTS, RandomSymmetry, _by_element, _by_pixel, apply_symmetry, compose, inverse, orbit_features,
@@ -142,6 +143,27 @@ def test_features_that_do_not_fit_are_computed_anew(sets, capsys):
     small, large = (fit_from(fresh(), "layer4", *sets, config, device="cpu", most=m) for m in (1e-9, 4.))
     assert "would take" in capsys.readouterr().out
     torch.testing.assert_close(small.loss[0], large.loss[0], rtol=1e-3, atol=1e-4); assert small.valid_accuracy[0] == large.valid_accuracy[0]
+
+def test_a_pooled_head_is_trained_on_the_average_over_the_orbit(sets):
+    config, model = Training(2, 12, lr=.02, precision="fp32"), fresh()
+    cached, plain = fit_from(model, "head", *sets, config, device="cpu", pooled=True), fit(symmetrize(fresh().freeze_below("head")), *sets, config=config, device="cpu")
+    for column in ("loss", "valid_accuracy"): torch.testing.assert_close(*(torch.tensor(h[column].values) for h in (cached, plain)), rtol=1e-3, atol=1e-4)
+    anew = fit_from(fresh(), "head", *sets, config, device="cpu", pooled=True, most=1e-9)
+    torch.testing.assert_close(torch.tensor(anew.loss.values), torch.tensor(cached.loss.values), rtol=1e-3, atol=1e-4)
+    one = fit_from(fresh(), "layer4", *sets, Training(1, 12, lr=.02), device="cpu", pooled=True)
+    assert math.isfinite(one.loss[0])
+
+def test_weights_that_explode_are_reported(sets):
+    with pytest.raises(FloatingPointError, match="lr=1e\\+30"): fit_from(fresh(), "layer4", *sets, Training(2, 12, lr=1e30, precision="fp32"), device="cpu")
+
+def test_what_is_said_of_the_whole_orbit(sets):
+    model = fresh().eval()
+    table = evaluate(model, sets[1], standard_perturbations() + symmetry_perturbations(), device="cpu", precision="fp32")
+    more = measure_orbit(model, sets[1], table, device="cpu", precision="fp32").iloc[len(table):].set_index("perturbation")
+    with torch.no_grad():
+        out = torch.stack([model(apply_symmetry(sets[1].images/255, e)) for e in range(8)])
+        assert (more.hits["same in all orientations"] == (out.argmax(2) == out.argmax(2)[0]).all(0).numpy()).all()
+        assert (more.hits["symmetrized"] == (out.mean(0).argmax(1) == sets[1].labels).numpy()).all()
 
 def test_the_best_weights_can_be_kept(sets):
     model = fresh()
