@@ -6,7 +6,7 @@
 __all__ = ['app', 'data_app', 'command', 'get', 'synthetic', 'info', 'train', 'evaluate_model', 'run', 'demo', 'figures',
            'claims', 'main']
 
-# %% ../nbs/40_command_line.ipynb #59872659
+# %% ../nbs/40_command_line.ipynb #333437cf
 import functools, json, os, sys, warnings
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .data import load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, unpack
 from .experiments import SECTIONS, caption, run_section, scale_data, table
-from .figures import draw_example, draw_figures
+from .figures import draw_figures, draw_models
 from .models import build_model, load_model, save_model
 from .synthetic import make_synthetic
 from .training import Training, fit
@@ -167,7 +167,7 @@ def demo(scale:str=typer.Option("demo", help=f"One of: {', '.join(SCALES)}."),
     print(f"records: {out/'results'/'baseline.jsonl'} ({len(load_records(out/'results'))})   models: {out/'runs'}")
     for f in figures: print(f"figure: {f}")
 
-# %% ../nbs/40_command_line.ipynb #7d0197ea
+# %% ../nbs/40_command_line.ipynb #593ea4c3
 def _on_record(results, scale):
     "The records of a scale; of several data sets those of the first, so that one statistic never mixes two."
     records = [r for r in load_records(results) if r["scale"] == choose("scale", scale, SCALES)]
@@ -178,13 +178,13 @@ def _on_record(results, scale):
 def figures(scale:str=typer.Option("lite", help=f"One of: {', '.join(SCALES)}."),
             results:Path=typer.Option("results", help="Folder of the records."),
             out:Path=typer.Option("figures", help="Folder of the figures."),
-            data:Path=typer.Option(None, help="Images, for the picture of adversarial examples."),
-            folder:Path=typer.Option("runs", help="Folder of the models, for the same picture.")):
+            data:Path=typer.Option(None, help="Images, for the pictures that show them to the models."),
+            folder:Path=typer.Option("runs", help="Folder of the models, for the same pictures.")):
     "Draw the figures of every section on record.\n\nExample: `robustcv figures --scale lite`"
     records = _on_record(results, scale)
     for section in dict.fromkeys(r["section"] for r in records):
         for f in draw_figures([r for r in records if r["section"] == section], out): print(f"figure: {f}")
-    if data is not None: print(f"figure: {draw_example(SCALES[scale], data, folder, out)}")
+    for f in draw_models(SCALES[scale], data, folder, out) if data is not None else (): print(f"figure: {f}")
 
 @command(app)
 def claims(scale:str=typer.Option("lite", help=f"One of: {', '.join(SCALES)}."),

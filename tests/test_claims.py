@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+import torch
 from scipy.stats import norm, t as student
 
 from robustcv import claims
-from robustcv.claims import CLAIMS, CLEAN, LESS, MORE, Claim, Difference, differences, ledger, paired, plot_claims, seed_spread, spread, summary, verdict, widened
+from robustcv.claims import CLAIMS, CLEAN, LESS, MORE, TRADE_OFF, Claim, _each, Difference, differences, ledger, paired, plot_claims, seed_spread, spread, summary, verdict, widened
+from robustcv.core import generator
 from robustcv.evaluation import attack_perturbations, compare, standard_perturbations
 from robustcv.experiments import ATTACKED, EXTRA, SECTIONS
 
@@ -21,11 +23,13 @@ def row(right, perturbation="clean", strength=None):
     packed = base64.b64encode(np.packbits(right).tobytes()).decode()
     return dict(perturbation=perturbation, strength=strength, unit="", correct=int(right.sum()), n=len(right), seconds=0., hits=packed)
 
+def pack_filters(w): return dict(shape=list(w.shape), float16=base64.b64encode(w.numpy().astype("<f2").tobytes()).decode())
+
 def made(name, right, seed=0, section="s", training=80., scale="lite", **more):
     "A record of this run: which clean images it has right, and under which other perturbations."
     rows = [row(right), *[row(r, *p) for p, r in more.get("under", {}).items()]]
     return dict(id=f"{section}{name}{seed}", section=section, name=name, seed=seed, scale=scale,
-                metrics=dict(evaluation=rows, train_accuracy=training), data=dict(name="simulated", fingerprint="f", valid=len(right), train=1000))
+                metrics=dict(evaluation=rows, train_accuracy=training, filters=pack_filters(more.get("filters", torch.randn(8, 3, 7, 7)))), data=dict(name="simulated", fingerprint="f", valid=len(right), train=1000))
 
 def difference(low, high, region): return Difference("d", (low + high)/2, low, high, region)
 
@@ -255,9 +259,28 @@ def test_claims_are_about_runs_and_perturbations_that_their_section_has(c):
     assert CLAIMS[c.id] is c and c.statement and c.article and c.comparisons
     for before, after, region, *where in c.comparisons:
         assert {before, after} <= names and len(region) == 2 and region[0] < region[1]
-        assert where == ["training", "training"] or (len(where) in (0, 2) and measured.issuperset(where)), where
-        assert before != after or where[0] != where[1], "nothing is compared with itself"
+        assert where in (["training"]*2, ["selectivity"]*2) or (len(where) in (0, 2) and all(measured.issuperset(_each(w)) for w in where)), where
+        assert before != after or where[0] != where[1] or where[0] == "selectivity", "nothing is compared with itself"
     assert len(set(c.comparisons)) == len(c.comparisons)
+
+def test_several_perturbations_count_with_their_mean():
+    noise = ("noise, article", .1)
+    a, b = (made(n, hits(p, 1), under={noise: hits(q, 2)}) for n, p, q in (("a", .5, .2), ("b", .7, .4)))
+    change = 50*((hits(.7, 1)*1. + hits(.4, 2)) - (hits(.5, 1)*1. + hits(.2, 2)))
+    half = norm.ppf(.975)*change.std(ddof=1)/math.sqrt(N)
+    assert paired([a], [b], TRADE_OFF, TRADE_OFF) == pytest.approx((change.mean(), change.mean() - half, change.mean() + half))
+    again = [made("a", hits(.6, 3), 1, under={noise: hits(.3, 4)}), a]
+    sd, df = spread(again, lambda r: np.mean([100*e["correct"]/N for e in r["metrics"]["evaluation"]]))
+    assert df == 1 and seed_spread(again, TRADE_OFF, enough=1) == (pytest.approx(sd), 1)
+
+@pytest.mark.parametrize("kernels, expected", [("gratings", "reproduced"), ("random", "undecided"), ("round", "contradicted")])
+def test_selective_filters_are_told_from_random_ones(kernels, expected):
+    angle, at = torch.arange(32.)*torch.pi/32, torch.arange(7.) - 3
+    wave = torch.cos(1.2*(angle.cos().view(-1, 1, 1)*at + angle.sin().view(-1, 1, 1)*at[:, None]))[:, None].expand(-1, 3, -1, -1)
+    bell = torch.exp(-(at**2 + at[:, None]**2)/3).expand(32, 3, 7, 7) + .01*torch.randn(32, 3, 7, 7, generator=generator(1))
+    w = dict(gratings=wave, random=torch.randn(32, 3, 7, 7, generator=generator(2)), round=bell)[kernels]
+    found = differences(CLAIMS["C18"], [made("baseline", hits(.5), section="symmetry", filters=w)])
+    assert [d.verdict for d in found] == [expected] and found[0].low < found[0].value < found[0].high
 
 def everything(seeds):
     "Records of every run that a claim needs, under every perturbation that it needs."
@@ -265,7 +288,7 @@ def everything(seeds):
     for section in {c.section for c in CLAIMS.values()}:
         own = [c for c in CLAIMS.values() if c.section == section]
         names = dict.fromkeys(name for c in own for comparison in c.comparisons for name in comparison[:2])
-        under = {p for c in own for comparison in c.comparisons for p in comparison[3:] if p not in ("training", CLEAN)}
+        under = {p for c in own for comparison in c.comparisons for w in comparison[3:] if not isinstance(w, str) for p in _each(w) if p != CLEAN}
         out += [made(name, hits(.5, s, n), s, section, under={p: hits(.4, s, n) for p in under}) for name in names for s in range(seeds)]
     return out
 

@@ -14,11 +14,12 @@ from scipy.stats import norm
 from robustcv import experiments
 from robustcv.core import SCALES, append_record, describe, load_records
 from robustcv.data import load_tiny_imagenet
-from robustcv.evaluation import COLUMNS, Perturbation, standard_perturbations, unpack
+from robustcv.evaluation import ORBIT, COLUMNS, Perturbation, standard_perturbations, unpack
 from robustcv.experiments import (Run, baseline, by_name, caption, describe_data, filters, one_setting, pool, run_section,
                                   scale_data, table)
-from robustcv.figures import draw_example, draw_figures, plot_attacks, plot_example, plot_fields, plot_occlusion, plot_runs, plot_watched
-from robustcv.models import load_model
+from robustcv.figures import (draw_figures, draw_models, plot_attacks, plot_corruptions, plot_cost, plot_example, plot_fields, plot_occlusion, plot_orientations,
+                              plot_response, plot_runs, plot_selectivity, plot_trade_off, plot_watched)
+from robustcv.models import build_model, load_model
 from robustcv.training import Training, cross_entropy
 from robustcv.transforms import RandomHorizontalFlip
 
@@ -155,6 +156,39 @@ def test_the_illustration_shows_image_sign_and_sum():
     assert len(shown) == 6 and titles[1] == "+ 0.2 · sign of the gradient" and titles[2].startswith("= ") and titles[0].endswith(" %")
     assert set(np.unique(np.round(np.asarray(shown[1], float)/np.asarray(shown[1]).max(), 2))) == {0., 1.}, "the sign, at full scale"
 
+def orbit(k): return {p: few(k - i) for i, p in enumerate(ORBIT[1:])}
+
+def turned_records():
+    return [record(n, hits=few(9), under=orbit(k) | {("same in all orientations", None): few(2), ("symmetrized", None): few(k)}, section="symmetry") for n, k in (("baseline", 7), ("all", 8))]
+
+def test_eight_bars_a_model_and_what_averaging_gains():
+    bars = plot_orientations(turned_records()).containers
+    heights = [[b.get_height() for b in c] for c in bars if hasattr(c, "patches")]
+    assert heights == [[90, 90], *[[10*(7 - i), 10*(8 - i)] for i in range(7)]]
+    lines = [line.get_ydata().tolist() for line in plot_cost(turned_records()).lines if len(line.get_xdata()) == 2]
+    assert [pytest.approx(v) for v in lines] == [[(90 + sum(range(10, 80, 10)))/8, 70], [(90 + sum(range(20, 90, 10)))/8, 80]]
+
+def test_runs_with_the_same_filters_share_a_line():
+    other = record("other", section="symmetry"); other["metrics"]["filters"] = {**FILTERS, "float16": base64.b64encode(np.ones(108).astype("<f2").tobytes()).decode()}
+    labels = [line.get_label() for line in plot_selectivity([*turned_records(), other]).lines]
+    assert labels == ["baseline, all", "other", "random"]
+
+def noisy_records():
+    corrupted = {(f"corruption: {kind}", s): few(6 - s) for kind in ("jpeg", "pixelate") for s in (1, 3)}
+    return [record(n, hits=few(9), under={("noise, article", .1): few(k), ("noise, article", .4): few(1), ("certified", 0.): few(4), ("certified", .1): few(2)} | corrupted, section="stability")
+            for n, k in (("baseline", 5), ("α = 1", 7))]
+
+def test_the_trade_off_is_clean_accuracy_against_noise_and_corruptions_are_averaged_over_severities():
+    ax = plot_trade_off(noisy_records())
+    assert [c.lines[0].get_xydata().tolist() for c in ax.containers] == [[[90, 50]], [[90, 70]]]
+    shown = plot_corruptions(noisy_records()).collections[0].get_array().reshape(2, 3).tolist()
+    assert shown == [[90, 40, 40]]*2
+
+def test_a_response_that_does_not_vary_is_said_to_be_constant():
+    torch.manual_seed(0); model = build_model(MODEL, 2).eval()
+    fig = plot_response({"net": model}, torch.full((2, 3, 32, 32), .5), "layer4" if "layer4" in model.stages else list(model.stages)[-2], range(0, 360, 90))
+    assert fig.axes[0].get_title() == "net\nvariation 0 %"
+
 def figure_names(records, folder):
     paths = draw_figures(records, folder)
     assert all(p.stat().st_size > 300 for p in paths) and sorted(paths) == sorted(folder.iterdir())
@@ -164,8 +198,10 @@ def figure_names(records, folder):
     ([record(), record(seed=1), record("flip + crop")], ["curves", "perturbations", "filters"]), ([record(n) for n in "abcd"], ["runs", "filters"]),
     (jittered(), ["runs", "fields", "filters"]), (jittered()[:3], ["curves", "perturbations", "fields", "filters"]),
     (jittered()[1:2], ["curves", "perturbations", "fields", "filters"]),
-    (attacked(), ["curves", "perturbations", "attacks", "watched", "filters"]), (erased(), ["runs", "occlusion", "filters"]), (erased()[1:3], ["curves", "perturbations", "filters"])],
-    ids=["baseline", "many runs", "jitter", "some jitter", "jitter without a baseline", "attacks", "erase", "erase without a baseline"])
+    (attacked(), ["curves", "perturbations", "attacks", "watched", "filters"]), (erased(), ["runs", "occlusion", "filters"]), (erased()[1:3], ["curves", "perturbations", "filters"]),
+    (turned_records(), ["curves", "perturbations", "orientations", "selectivity", "cost", "filters"]),
+    (noisy_records(), ["curves", "perturbations", "trade-off", "corruptions", "noise", "certified", "filters"])],
+    ids=["baseline", "many runs", "jitter", "some jitter", "jitter without a baseline", "attacks", "erase", "erase without a baseline", "symmetry", "stability"])
 def test_every_section_has_its_figures(records, expected, tmp_path): assert figure_names(records, tmp_path/"figures") == expected
 
 
@@ -304,12 +340,13 @@ def test_a_run_is_measured_on_examples_of_its_source_which_must_be_there(go, tmp
     own, more = ({e["perturbation"] for e in r["metrics"]["evaluation"]} for r in (alone, lent))
     assert {"random signs", "FGSM", "PGD-20", "strong attacks"} <= own and more - own == {"FGSM from source"}
 
-def test_the_illustration_is_drawn_from_the_network_that_a_run_left(go, tmp_path, monkeypatch, tiny):
+def test_pictures_of_models_are_drawn_from_what_a_run_left(go, tmp_path, monkeypatch, tiny):
     go(Run("tiny", "net", MODEL, training={"epochs": 1}))
     left = experiments.trained_model
-    monkeypatch.setattr("robustcv.figures.trained_model", lambda section, name, *more: left("tiny", "net", *more))
-    file = draw_example(SCALES["smoke"], tiny, tmp_path/"runs", tmp_path/"figures")
-    assert file == tmp_path/"figures"/"fgsm-smoke-example.png" and file.stat().st_size > 1000
+    monkeypatch.setattr("robustcv.figures.trained_model", lambda section, name, **more: left("tiny", "net", **more))
+    monkeypatch.setattr("robustcv.figures.plot_response", lambda models, images: plot_response(models, images[:2], list(models["all"].stages)[-2], (0, 90)))
+    files = draw_models(SCALES["smoke"], tiny, tmp_path/"runs", tmp_path/"figures")
+    assert files == [tmp_path/"figures"/f"{n}.png" for n in ("fgsm-smoke-example", "symmetry-smoke-response")] and all(f.stat().st_size > 1000 for f in files)
 
 def test_replays_take_the_place_of_epochs():
     run = Run("s", "free", training=dict(replays=4))
