@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'interleave', 'line', 'transforms', 'pipeline', 'batches', 'decode', 'train_step', 'attacks',
-           'adversarial_step', 'bench', 'main']
+           'adversarial_step', 'symmetry', 'stability_step', 'classifier_epoch', 'bench', 'main']
 
-# %% ../nbs/30_benchmarks.ipynb #af1a3595
+# %% ../nbs/30_benchmarks.ipynb #645ac689
 import argparse, json, sys, tempfile, time
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,14 @@ from torchvision.transforms import v2
 from .adversarial_training import adversarial_loss
 from .color_jitter import ColorJitter
 from .core import choose, device_name, generator, normalized, pick_device, seed_everything
-from .data import Batches, ImageSet, _find_tiny, _scan_tiny, _write_cache, cache_folder, load_data, load_tiny_imagenet
+from .data import Batches, ImageSet, _find_tiny, _scan_tiny, _write_cache, cache_folder, load_data, load_tiny_imagenet, take
 from .fgsm import fgsm, fold_batchnorm, pgd
 from .models import build_model
 from .random_erase import RandomErase
+from .stability import divergence, stability_loss
 from .symmetry import RandomSymmetry
 from .synthetic import make_synthetic
-from .training import Training, _epoch, _set_up, autocast, cross_entropy
+from .training import Training, _cache, _epoch, _set_up, autocast, cross_entropy
 from .transforms import (Compose, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip, RandomRotation,
                                  RandomVerticalFlip)
 
@@ -182,7 +183,7 @@ def train_step(data, rounds=11, steps=4, batch=128):
     candidates = {"ours": epoch, "bare loop, bf16 channels_last": _bare("auto", x, y, steps, True), "bare loop, float32": _bare("fp32", x, y, steps, False)}
     yield line("train_step", interleave(candidates, rounds), steps*batch, rounds)
 
-# %% ../nbs/30_benchmarks.ipynb #24699236
+# %% ../nbs/30_benchmarks.ipynb #29e2d3cf
 def _ascents(model, x, y, steps):
     "Forward passes and input gradients, and nothing else."
     for _ in range(steps):
@@ -202,10 +203,13 @@ def attacks(data, rounds=11, batch=128, steps=10, eps=8/255):
     x, y = torch.rand(batch, 3, 64, 64, generator=generator(0)).to(device), torch.arange(batch).to(device) % 200
     model = build_model("resnet18", 200).to(device).eval().requires_grad_(False)
     folded = fold_batchnorm(model)
-    for name, n, f, peers in zip(("FGSM", f"PGD-{steps}"), (1, steps), (fgsm, partial(pgd, steps=steps)), _torchattacks(model, x, y, eps, steps), strict=True):
-        seconds = interleave({"ours": partial(f, model, x, y, eps), "folded": partial(f, folded, x, y, eps), "floor": partial(_ascents, model, x, y, n), **peers}, rounds if n == 1 else rounds//2 + 1)
-        yield line(f"attacks/{name}", {k: s for k, s in seconds.items() if k != "folded"}, batch, rounds)
-        yield line(f"attacks/{name}, folded", {"ours": seconds.pop("folded"), **{k: s for k, s in seconds.items() if k != "ours"}}, batch, rounds)
+    kinds = (("FGSM", 1, fgsm, rounds), (f"PGD-{steps}", steps, partial(pgd, steps=steps), rounds//2 + 1))
+    for (name, n, attack, times), peers in zip(kinds, _torchattacks(model, x, y, eps, steps), strict=True):
+        ways = {"ours": partial(attack, model, x, y, eps), "folded": partial(attack, folded, x, y, eps), "floor": partial(_ascents, model, x, y, n), **peers}
+        seconds = interleave(ways, times)
+        own, fast = seconds.pop("ours"), seconds.pop("folded")
+        yield line(f"attacks/{name}", {"ours": own, **seconds}, batch, times)
+        yield line(f"attacks/{name}, folded", {"ours": fast, **seconds}, batch, times)
 
 # %% ../nbs/30_benchmarks.ipynb #13b5ad67
 def _naive(precision, x, y, steps, channels_last):
@@ -229,8 +233,38 @@ def adversarial_step(data, rounds=9, steps=2, batch=128):
     candidates = {"ours": _fitted(adversarial_loss, steps, batch)[2], "floor": clean, "naive, bf16 channels_last": _naive("auto", x, y, steps, True), "naive, float32": _naive("fp32", x, y, steps, False)}
     yield line("adversarial_step", interleave(candidates, rounds), steps*batch, rounds)
 
-# %% ../nbs/30_benchmarks.ipynb #6273993f
-MEASURES = {f.__name__: f for f in (transforms, pipeline, batches, decode, train_step, attacks, adversarial_step)}
+# %% ../nbs/30_benchmarks.ipynb #15a4dfe8
+def symmetry(data, rounds=25):
+    "`RandomSymmetry` on 256 images against kornia's flips and rotations by multiples of 90°."
+    x, peers = torch.rand(256, 3, 64, 64, generator=generator(0)), {}
+    try: import kornia.augmentation as K
+    except ImportError: print("kornia is not installed: no peer", file=sys.stderr)
+    else: peers["kornia"] = partial(torch.nn.Sequential(K.RandomHorizontalFlip(p=.5), K.RandomRotation90((0, 3), p=1.)), x)
+    yield line("symmetry/RandomSymmetry", interleave({"ours": partial(RandomSymmetry(), x), **peers, "floor": x.clone}, rounds), len(x), rounds)
+
+def _two_passes(model, batch, backward):
+    "The stability objective with a pass for each copy."
+    noisy = (batch.images + normalized(.1).view(-1, 1, 1)*torch.randn_like(batch.images)).clamp(0, 1)
+    clean, other = model(batch.images).float(), model(noisy).float()
+    return F.cross_entropy(clean, batch.labels, label_smoothing=.1) + .01*divergence(clean, other).mean()
+
+def stability_step(data, rounds=9, steps=2, batch=128):
+    "Training steps with the stability objective on ResNet-18 at 64×64, batch 128; floor: the clean step."
+    ways = {"ours": stability_loss, "two passes": _two_passes, "floor": cross_entropy}
+    yield line("stability_step", interleave({n: _fitted(f, steps, batch)[2] for n, f in ways.items()}, rounds), steps*batch, rounds)
+
+def classifier_epoch(data, rounds=5, images=2048, batch=64):
+    "An epoch that retrains only the classifier of ResNet-18, on features computed once and with a pass through all layers."
+    device, config = pick_device(), Training(1000, batch, lr=.01)
+    model = build_model("resnet18", 20).to(device).freeze_below("head")
+    pixels = torch.randint(0, 256, (images, 3, 64, 64), dtype=torch.uint8, generator=generator(0))
+    train = ImageSet(pixels, torch.arange(images) % 20, tuple(map(str, range(20))))
+    cached = _cache(model, "head", train, take(train, torch.arange(8)), config, 0, device, pooled=False)
+    full = _set_up(model, train, train, cross_entropy, RandomSymmetry(), config, 0, device, None)
+    yield line("classifier_epoch", interleave({"ours": lambda: cached.epoch(0), "all layers": lambda: _epoch(full, 0)}, rounds), images, rounds)
+
+# %% ../nbs/30_benchmarks.ipynb #5ab7e743
+MEASURES = {f.__name__: f for f in (transforms, pipeline, batches, decode, train_step, attacks, adversarial_step, symmetry, stability_step, classifier_epoch)}
 
 def bench(measures=None, # names; None: all
           data=None, # image folder in Tiny ImageNet's layout; None: synthetic images

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'EXTRA', 'ATTACKED', 'QUICK', 'Run', 'baseline', 'color_jitter', 'random_erase', 'attacked', 'adversarial',
            'stable', 'symmetric', 'scale_data', 'describe_data', 'train_run', 'trained_model', 'run_section',
-           'one_setting', 'table', 'caption', 'markdown', 'pool', 'by_name', 'filters']
+           'one_setting', 'table', 'caption', 'markdown', 'pool', 'corruption_table', 'orientation_table', 'by_name',
+           'filters']
 
-# %% ../nbs/20_experiments.ipynb #d78b6ff1
+# %% ../nbs/20_experiments.ipynb #d54e4f4a
 import base64, time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from .color_jitter import ColorJitter
 from .core import (SCALES, Scale, append_record, choose, derive_seed, describe, load_records, make_record, normalized, pick_device,
                            run_id, seed_everything)
 from .data import ImageSet, cache_folder, load_data, subset
-from .evaluation import (attack_perturbations, color_perturbations, erase_perturbations, evaluate, measure_certificates, measure_orbit, pack,
+from .evaluation import (ORBIT, attack_perturbations, color_perturbations, erase_perturbations, evaluate, measure_certificates, measure_orbit, pack,
                                  stability_perturbations, standard_perturbations, symmetry_perturbations, unpack)
 from .fgsm import Transferred
 from .models import build_model, first_conv, load_model, save_model
@@ -195,7 +196,7 @@ def trained_model(section:str, name:str, # of the run
                                 f"with the same data and folder, and seed {seed}")
     return load_model(file)
 
-# %% ../nbs/20_experiments.ipynb #58a7d906
+# %% ../nbs/20_experiments.ipynb #2878d2c5
 def run_section(section:str, # one of `SECTIONS`
                 scale:str="demo", # one of `SCALES`
                 data=None, # folder of images, see `load_data`; None: synthetic, for smoke and demo
@@ -211,26 +212,29 @@ def run_section(section:str, # one of `SECTIONS`
     runs, scale = {r.name: r for r in SECTIONS[choose("section", section, SECTIONS)]()}, SCALES[choose("scale", scale, SCALES)]
     runs = [runs[choose("run", n, runs)] for n in (runs if names is None else names)]
     device, (train, valid) = pick_device(device), scale_data(scale, data, **kwargs)
-    about, file, wanted = describe_data(train, valid), Path(results)/f"{section}.jsonl", []
+    about, file, wanted, lent = describe_data(train, valid), Path(results)/f"{section}.jsonl", [], {}
     done = {r["id"] for r in load_records(file)}
     todo = [(run, seed) for run in runs for seed in (scale.seeds if seeds is None else seeds)]
-    lent = {}
     for i, (run, seed) in enumerate(todo, 1):
         config, id, where = _identity(run, scale, seed, about, folder)
         wanted.append(id)
         label = f"[{i}/{len(todo)}] {section} / {run.name}, seed {seed}, scale {scale.name}"
-        if wanted[-1] in done: say(f"{label}: on record"); continue
+        if id in done: say(f"{label}: on record"); continue
         start = time.perf_counter()
-        for s, name in run.sources:
-            if name not in lent: lent[name] = Transferred(trained_model(s, name, scale, about, folder))
-        begin = trained_model(*run.start, scale, about, folder, seed) if run.start else None
-        metrics = train_run(run, scale, train, valid, seed, device, where, {name: lent[name] for _, name in run.sources}, begin)
+        sources, begin = _networks(run, seed, scale, about, folder, lent)
+        metrics = train_run(run, scale, train, valid, seed, device, where, sources, begin)
         append_record(file, make_record(section, run.name, scale.name, config, seed, about, device, time.perf_counter() - start, metrics))
         (where/"state.pt").unlink(missing_ok=True) # on record now: nothing to resume
         say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {time.perf_counter() - start:.0f} s")
     return [r for r in load_records(file) if r["id"] in wanted]
 
-# %% ../nbs/20_experiments.ipynb #dbb12caa
+def _networks(run, seed, scale, about, folder, lent):
+    "The networks that lend a run their examples, folded once for all runs, and the one that it starts from."
+    for section, name in run.sources:
+        if name not in lent: lent[name] = Transferred(trained_model(section, name, scale, about, folder))
+    return {name: lent[name] for _, name in run.sources}, trained_model(*run.start, scale, about, folder, seed) if run.start else None
+
+# %% ../nbs/20_experiments.ipynb #8f0a98ff
 def one_setting(records:list) -> list:
     "The records, if all are of one scale and one data set, and one a run and seed; a `ValueError` otherwise."
     if not records: raise ValueError("no records: run the section first, e.g. `robustcv run baseline`")
@@ -249,8 +253,9 @@ def table(records:list, # of one scale and data set
         by = {(e["perturbation"], e["strength"]): 100*e["correct"]/e["n"] for e in r["metrics"]["evaluation"]}
         rows.setdefault(r["name"], []).append([r["metrics"]["train_accuracy"]] + [by[p] for p in perturbations])
     names = ["training"] + [p if s is None else f"{p} {s:g}" for p, s in perturbations]
-    pm = lambda v: f"{np.mean(v):.1f} ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else f"{v[0]:.1f}"
-    return pd.DataFrame([{"model": n, "seeds": len(v), **{k: pm(c) for k, c in zip(names, zip(*v, strict=True), strict=True)}} for n, v in rows.items()])
+    return pd.DataFrame([{"model": n, "seeds": len(v), **{k: _pm(c) for k, c in zip(names, zip(*v, strict=True), strict=True)}} for n, v in rows.items()])
+
+def _pm(values): return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 # %% ../nbs/20_experiments.ipynb #3112978f
 def caption(records:list) -> str:
@@ -266,7 +271,7 @@ def markdown(frame:pd.DataFrame) -> str:
     rows = [frame.columns, ["---"]*len(frame.columns), *frame.itertuples(index=False)]
     return "\n".join("| " + " | ".join(str(c) for c in r) + " |" for r in rows)
 
-# %% ../nbs/20_experiments.ipynb #8b029ddb
+# %% ../nbs/20_experiments.ipynb #0a69db55
 def pool(records:list, # of one run, one a seed
         ) -> pd.DataFrame: # as `evaluate` gives it; `correct` is the mean count, `hits` the share of seeds that have an image right
     "One run's evaluations averaged over its seeds, with 95 % intervals over the images."
@@ -278,6 +283,33 @@ def pool(records:list, # of one run, one a seed
     pooled["hits"], pooled["correct"], pooled["accuracy"] = shares, mean*pooled.n, 100*mean
     pooled["low"], pooled["high"] = 100*(mean - half).clip(0), 100*(mean + half).clip(max=1)
     return pooled
+
+# %% ../nbs/20_experiments.ipynb #954d5078
+def corruption_table(records:list, # of the section `stability`
+                     baseline:str="baseline", # what errors are compared with
+                    ) -> pd.DataFrame: # a row a run: mean corruption accuracy with its 95 % interval over images, mean corruption error (baseline: 100), in %
+    "Common corruptions in two numbers: accuracy over all kinds and severities, and error beside the baseline's, kind by kind ([Hendrycks and Dietterich 2019](https://arxiv.org/abs/1903.12261))."
+    runs, rows = {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}, []
+    if baseline not in runs: raise ValueError(f"baseline='{baseline}': is not on record; there are {', '.join(runs)}")
+    corrupted = {n: t[t.perturbation.str.startswith("corruption: ")] for n, t in runs.items()}
+    errors = {n: (100 - t.accuracy).groupby(t.perturbation).mean() for n, t in corrupted.items()}
+    for n, t in runs.items():
+        right = np.mean(np.stack(corrupted[n].hits.to_list()).astype(float), 0)
+        half = norm.ppf(.975)*right.std(ddof=1)/len(right)**.5
+        rows.append({"model": n, "clean": f"{t.accuracy.iloc[0]:.1f}", "mean corruption accuracy": f"{100*right.mean():.1f} ± {100*half:.1f}",
+                     "mean corruption error": f"{100*(errors[n]/errors[baseline]).mean():.0f}"})
+    return pd.DataFrame(rows)
+
+def orientation_table(records:list, # of the section `symmetry`
+                     ) -> pd.DataFrame: # a row a run, in %: training, upright, augmented (mean over all orientations), same in all, averaged
+    "The article's table, and what is true of the whole orbit; mean ± standard deviation over seeds."
+    rows = []
+    for n, rs in by_name(one_setting(records)).items():
+        by = [{(e["perturbation"], e["strength"]): 100*e["correct"]/e["n"] for e in r["metrics"]["evaluation"]} for r in rs]
+        rows.append({"model": n, "seeds": len(rs), "training": _pm([r["metrics"]["train_accuracy"] for r in rs]), "upright": _pm([b["clean", None] for b in by]),
+                     "augmented": _pm([np.mean([b[o] for o in ORBIT]) for b in by]), "same in all": _pm([b["same in all orientations", None] for b in by]),
+                     "averaged": _pm([b["symmetrized", None] for b in by])})
+    return pd.DataFrame(rows)
 
 def by_name(records:list) -> dict:
     "Records grouped by the name of their run."

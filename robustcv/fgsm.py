@@ -154,7 +154,7 @@ def apgd(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     adv = (x + eps*start/start.flatten(1).abs().amax(1).view(-1, 1, 1, 1)).clamp_(0, 1)
     with attacking(model): return _Climb(model, x, y, eps, loss, adv).run(steps)
 
-# %% ../nbs/12_fgsm.ipynb #57ec7438
+# %% ../nbs/12_fgsm.ipynb #061fed18
 class _Climb:
     "The state of APGD."
     def __init__(self, model, x, y, eps, loss, adv):
@@ -178,6 +178,7 @@ class _Climb:
         return self.value > before
 
     def run(self, steps, rho=.75):
+        "All steps: where too few of a period helped, half the size and back to the best."
         period, shortest, shorter = (max(int(f*steps), 1) for f in (.22, .06, .03))
         rises, since, last, halved = torch.zeros_like(self.value), 0, self.best_value, torch.ones_like(self.found)
         for i in range(steps):
@@ -230,15 +231,15 @@ def _share(p, i, queries):
     "The share of pixels that the i-th square changes: halved at fixed points of a schedule for 10,000 queries, rescaled."
     return p/2**sum(i*10_000/queries > at for at in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
 
-# %% ../nbs/12_fgsm.ipynb #1ff2258f
+# %% ../nbs/12_fgsm.ipynb #05807046
 def fold_batchnorm(model:nn.Module) -> nn.Module: # a frozen copy in evaluation mode
     "A copy with batch normalisation folded into the convolutions, where the model can be traced; a plain copy where not."
     still = copy.deepcopy(model).eval().requires_grad_(False)
-    try: still = fuse(still)
-    except (torch.fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError): pass # control flow that depends on data
-    return still.eval().requires_grad_(False)
+    try: folded = fuse(still)
+    except (torch.fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError): return still # its control flow depends on data: torch.fx cannot trace it
+    return folded.eval().requires_grad_(False)
 
-# %% ../nbs/12_fgsm.ipynb #a4a1eca2
+# %% ../nbs/12_fgsm.ipynb #e92df570
 def strong_attacks(classes:int, # outputs of the model
                    steps:int=100, # of each APGD
                    targets:int=9, # wrong classes that the second attack aims at
@@ -254,6 +255,7 @@ def strong_attacks(classes:int, # outputs of the model
     return {"APGD-CE": lambda model, x, y, eps, generator: apgd(model, x, y, eps, steps, generator=generator), **aimed,
             "Square": lambda model, x, y, eps, generator: square(model, x, y, eps, queries, generator=generator)}
 
+# %% ../nbs/12_fgsm.ipynb #72d56f0a
 def worst_case(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
                x:Tensor, y:Tensor, # images (B,3,H,W) in [0,1] and their labels (B,)
                eps:float|Tensor, # L-inf radius in pixel units, or one per channel

@@ -86,28 +86,31 @@ def plot_occlusion(records:list, # of the section `random_erase`
             ax.set(title=f"{name}, side {side:g}", xlabel="", ylabel="", xticks=[], yticks=[], aspect="equal")
     return fig
 
-# %% ../nbs/22_figures.ipynb #1e494de5
+# %% ../nbs/22_figures.ipynb #402c6e3c
 def plot_attacks(records:list, # of a section that measures attacks
                  names=None, # of runs; None: all
                 ): # the figure
     "A panel a network: accuracy against the radius for noise, transferred and white-box attacks, with 95 % bands."
     import matplotlib.pyplot as plt
     runs = {n: pool(rs) for n, rs in by_name(one_setting(records)).items() if names is None or n in names}
-    fig, axes = plt.subplots(1, len(runs), figsize=(3.4*len(runs) + 1.2, 3.2), sharey=True, layout="constrained", squeeze=False)
+    columns = min(4, len(runs))
+    rows = -(-len(runs)//columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(3.4*columns + 1.2, 3.2*rows), sharey=True, layout="constrained", squeeze=False)
     attacks = {n: list(dict.fromkeys(t.perturbation[t.unit.str.startswith("ε")])) for n, t in runs.items()}
     kinds, unit = list(dict.fromkeys(sum(sorted(attacks.values(), key=len, reverse=True), []))), 255*float(normalized(1.).mean())
-    for ax, (name, t) in zip(axes[0], runs.items(), strict=True):
+    for ax in axes.flat[len(runs):]: ax.remove()
+    for ax, (name, t) in zip(axes.flat, runs.items(), strict=False):
         for color, kind in zip((".5", *[f"C{i}" for i in range(9)]), kinds, strict=False):
-            rows = t[t.perturbation == kind].sort_values("strength")
-            if rows.empty: continue
-            start = t.iloc[:1].assign(strength=0.) if len(rows) > 1 else t.iloc[:0]
-            rows = pd.concat([start, rows])
-            ax.errorbar(rows.strength, rows.accuracy, [rows.accuracy - rows.low, rows.high - rows.accuracy], color=color, marker="o", markersize=4, lw=1.4, label=kind)
+            own = t[t.perturbation == kind].sort_values("strength")
+            if own.empty: continue
+            start = t.iloc[:1].assign(strength=0.) if len(own) > 1 else t.iloc[:0]
+            own = pd.concat([start, own])
+            ax.errorbar(own.strength, own.accuracy, [own.accuracy - own.low, own.high - own.accuracy], color=color, marker="o", markersize=4, lw=1.4, label=kind)
         ax.set(title=name, xlabel="ε (normalised units)", ylim=(-3, 100))
         above = ax.secondary_xaxis("top", functions=(lambda e: e*unit, lambda n: n/unit)); above.tick_params(labelsize=7)
         above.set_xlabel("ε in 255ths of the pixel range", fontsize=7)
-    axes[0, 0].set_ylabel("accuracy (%)")
-    fig.legend(*max((a.get_legend_handles_labels() for a in axes[0]), key=lambda hl: len(hl[1])), loc="outside right upper", fontsize=8, frameon=False)
+    for ax in axes[:, 0]: ax.set_ylabel("accuracy (%)")
+    fig.legend(*max((a.get_legend_handles_labels() for a in fig.axes), key=lambda hl: len(hl[1])), loc="outside right upper", fontsize=8, frameon=False)
     return fig
 
 # %% ../nbs/22_figures.ipynb #ab3626ce

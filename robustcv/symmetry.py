@@ -15,7 +15,7 @@ from .data import Batches, ImageSet
 from .models import Classifier
 from .transforms import Transform, affine, check_images
 
-# %% ../nbs/15_symmetry.ipynb #bdd9870e
+# %% ../nbs/15_symmetry.ipynb #7cbeed22
 ELEMENTS = ("identity", "rotation by 90°", "rotation by 180°", "rotation by 270°", "horizontal flip", "flip across the anti-diagonal", "vertical flip",
             "flip across the diagonal")
 
@@ -28,13 +28,15 @@ def inverse(element:int) -> int:
     "The element that undoes this one."
     return element if element >= 4 else -element % 4
 
+_REVERSED = ((), (-1,), (-2, -1), (-2,), (-1,), (-2, -1), (-2,), ()) # sides of each element's; then the odd ones exchange rows and columns
+
 def apply_symmetry(images:Tensor, # (…,H,W)
                    element:int, # 0 to 7, see `ELEMENTS`
                   ) -> Tensor: # (…,H,W), or (…,W,H) for elements that exchange the sides
     "One symmetry of the square for all images; rotations are counter-clockwise."
     if element not in range(8): raise ValueError(f"element={element}: a number from 0 to 7")
-    turned = images.rot90(element % 4, (-2, -1))
-    return turned.flip(-1) if element >= 4 else turned
+    out = images.flip(_REVERSED[element])
+    return out.mT if element % 2 else out
 
 # %% ../nbs/15_symmetry.ipynb #3821a378
 class RandomSymmetry(Transform):

@@ -275,7 +275,7 @@ class _Cached:
         right = [(self.logits(f).argmax(1) == y).sum() for f, y in zip(features.split(256, 1), labels.split(256), strict=True)]
         return 100*int(sum(right))/len(labels)
 
-# %% ../nbs/04_training.ipynb #ee3e9d12
+# %% ../nbs/04_training.ipynb #a4b27253
 def _cache(model, first, train, valid, config, seed, device, pooled):
     "What the frozen layers make of all images, with an optimiser for the others."
     before, after = split_at(model, first)
@@ -285,7 +285,8 @@ def _cache(model, first, train, valid, config, seed, device, pooled):
         seen = lambda s: orbit_features(before, s, device=device) if pooled else orbit_features(before, turned(s), [0], device)
         probes = {n: (seen(s), s.labels.to(device)) for n, s in (("train_accuracy", few), ("valid_accuracy", valid))}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
-    batches = Batches(train, config.batch_size, shuffle=True, drop_last=True, seed=seed)
+    order = replace(train, images=train.images[:, :, :1, :1]) # only which images, and their labels, are needed from here on
+    batches = Batches(order, config.batch_size, shuffle=True, drop_last=True, seed=seed)
     return _Cached(after, cached, probes, batches, optimizer, _one_cycle(optimizer, config, config.epochs*len(batches)), config, seed, pooled)
 
 # %% ../nbs/04_training.ipynb #97dd6a04

@@ -15,8 +15,8 @@ from robustcv import experiments
 from robustcv.core import SCALES, append_record, describe, load_records
 from robustcv.data import load_tiny_imagenet
 from robustcv.evaluation import ORBIT, COLUMNS, Perturbation, standard_perturbations, unpack
-from robustcv.experiments import (Run, baseline, by_name, caption, describe_data, filters, one_setting, pool, run_section,
-                                  scale_data, table)
+from robustcv.experiments import (Run, baseline, by_name, caption, corruption_table, describe_data, filters, one_setting, orientation_table,
+                                  pool, run_section, scale_data, table)
 from robustcv.figures import (draw_figures, draw_models, plot_attacks, plot_corruptions, plot_cost, plot_example, plot_fields, plot_occlusion, plot_orientations,
                               plot_response, plot_runs, plot_selectivity, plot_trade_off, plot_watched)
 from robustcv.models import build_model, load_model
@@ -183,6 +183,25 @@ def test_the_trade_off_is_clean_accuracy_against_noise_and_corruptions_are_avera
     assert [c.lines[0].get_xydata().tolist() for c in ax.containers] == [[[90, 50]], [[90, 70]]]
     shown = plot_corruptions(noisy_records()).collections[0].get_array().reshape(2, 3).tolist()
     assert shown == [[90, 40, 40]]*2
+
+def test_corruptions_in_two_numbers():
+    a, b = noisy_records()
+    b["metrics"]["evaluation"] = [dict(e, **{k: evaluation(few(8))[k] for k in ("hits", "correct")}) if e["perturbation"] == "corruption: jpeg" else e for e in b["metrics"]["evaluation"]]
+    t = corruption_table([a, b]).set_index("model")
+    right = np.mean([few(5), few(3)], 0)
+    assert t.loc["baseline"].to_list() == ["90.0", f"40.0 ± {100*1.959964*right.std(ddof=1)/10**.5:.1f}", "100"]
+    assert t.loc["α = 1", "mean corruption accuracy"].startswith("60.0 ±") and t.loc["α = 1", "mean corruption error"] == f"{(100*20/60 + 100)/2:.0f}"
+    with pytest.raises(ValueError, match="baseline='none': is not on record; there are baseline, α = 1"): corruption_table([a, b], "none")
+
+def test_the_table_of_orientations_is_about_the_whole_orbit():
+    again = record("baseline", 1, few(7), 70., under=orbit(7) | {("same in all orientations", None): few(4), ("symmetrized", None): few(9)}, section="symmetry")
+    t = orientation_table([*turned_records(), again]).set_index("model")
+    assert t.loc["all"].to_list() == [1, "80.0", "90.0", f"{(90 + sum(range(20, 90, 10)))/8:.1f}", "20.0", "80.0"]
+    assert t.loc["baseline"].to_list() == [2, "75.0 ± 7.1", "80.0 ± 14.1", "45.0 ± 1.8", "30.0 ± 14.1", "80.0 ± 14.1"]
+
+def test_many_networks_are_drawn_in_rows_of_four():
+    panels = plot_attacks([{**attacked()[0], "name": f"net {i}"} for i in range(6)]).axes
+    assert [ax.get_title() for ax in panels] == [f"net {i}" for i in range(6)] and len({ax.get_subplotspec().rowspan.start for ax in panels}) == 2
 
 def test_a_response_that_does_not_vary_is_said_to_be_constant():
     torch.manual_seed(0); model = build_model(MODEL, 2).eval()
