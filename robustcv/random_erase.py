@@ -114,6 +114,8 @@ class GaussianDistortion(Transform):
 
     def transform(self, x, shift): return bend(x, shift, self.width)
 
+    def move(self, boxes, x, shift): return None # a bent box is no box
+
     def extra_repr(self): return f"magnitude={self.magnitude}, grid={self.grid}, width={self.width}"
 
 # %% ../nbs/11_random_erase.ipynb #2a09e70a

@@ -50,6 +50,10 @@ class RandomSymmetry(Transform):
         _check_square(x)
         return (_by_element if x.device.type == "cpu" else _by_pixel)(x, element)
 
+    def move(self, boxes, x, element):
+        orbit = torch.stack([_box_by(boxes, e) for e in range(8)])
+        return orbit[element.to(boxes.device), torch.arange(len(boxes), device=boxes.device)]
+
 def turned(images:ImageSet, # square ones
            seed:int=0, # of the orientations
           ) -> ImageSet: # without boxes
@@ -63,6 +67,13 @@ def _check_square(x):
     if x.shape[2] != x.shape[3]: raise ValueError(f"images: {x.shape[2]} by {x.shape[3]} pixels; the symmetries of the square need as many rows as columns")
 
 # %% ../nbs/15_symmetry.ipynb #f4039bba
+def _box_by(boxes, element):
+    "Boxes (B,4) under one element, as `apply_symmetry` does it to images."
+    for dim in _REVERSED[element]:
+        start, stop = (0, 2) if dim == -1 else (1, 3)
+        boxes = boxes.clone().index_copy_(1, torch.tensor([start, stop], device=boxes.device), 1 - boxes[:, [stop, start]])
+    return boxes[:, [1, 0, 3, 2]] if element % 2 else boxes
+
 def _by_element(x, element):
     out = torch.empty_like(x)
     for e in element.unique().tolist():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_images', 'check_range', 'check_p', 'Transform', 'in_chunks', 'uniform', 'RandomHorizontalFlip',
-           'RandomVerticalFlip', 'RandomCrop', 'affine', 'RandomAffine', 'RandomRotation', 'RandomGrayscale',
-           'RandomGaussianBlur', 'gaussian_blur', 'Compose', 'Pad', 'PerImage']
+           'RandomVerticalFlip', 'RandomCrop', 'affine', 'affine_boxes', 'RandomAffine', 'RandomRotation',
+           'RandomGrayscale', 'RandomGaussianBlur', 'gaussian_blur', 'Compose', 'Pad', 'PerImage']
 
 # %% ../nbs/02_transforms.ipynb #376fb7a0
 import math
@@ -51,22 +51,44 @@ class Transform(nn.Module):
         "Apply drawn parameters to a batch."
         raise TypeError(f"{type(self).__name__} defines no transform(x, **parameters)")
 
-    def forward(self, x:Tensor, generator:torch.Generator|None=None) -> Tensor:
-        check_images(x)
-        return in_chunks(lambda part: self.transform(part, **self.draw(part, generator)), x, self.chunk)
+    def move(self, boxes:Tensor, x:Tensor, **parameters) -> Tensor|None:
+        "Where boxes (B,4) of images `x` end up, before they are cut off at the border; None: cannot be told. The same, unless the geometry changes."
+        return boxes
 
-def in_chunks(f, # maps (b,3,H,W) to (b,3,h,w)
+    def forward(self, x:Tensor, generator:torch.Generator|None=None) -> Tensor:
+        return self.with_boxes(x, None, generator)[0]
+
+    def with_boxes(self,
+                   x:Tensor, # (B,3,H,W)
+                   boxes:Tensor|None, # (B,4), see `ImageSet`
+                   generator:torch.Generator|None=None, # source of chance
+                  ) -> tuple[Tensor, Tensor|None]: # images and boxes; no boxes where none were given, or a transform cannot move them
+        "What a call does, for images and their boxes."
+        check_images(x)
+        if boxes is not None and boxes.shape != (len(x), 4): raise ValueError(f"boxes: expected shape ({len(x)},4), got {tuple(boxes.shape)}")
+        return in_chunks(lambda *part: self._both(*part, generator), x, boxes, self.chunk)
+
+    def _both(self, x, boxes, generator):
+        parameters = self.draw(x, generator)
+        moved = None if boxes is None else self.move(boxes, x, **parameters)
+        if moved is not None: # a box without area is no box, and turning must not give it one
+            known = ((boxes[:, 2:] > boxes[:, :2]).all(1))[:, None]
+            moved = torch.where(known, moved.clamp(0, 1), 0.)
+        return self.transform(x, **parameters), moved
+
+def in_chunks(f, # maps images (b,3,H,W) and boxes (b,4) or None to images (b,3,h,w) and boxes or None
               x:Tensor, # (B,3,H,W)
+              boxes:Tensor|None, # (B,4)
               chunk:int|None, # images; None: all
-             ) -> Tensor: # (B,3,h,w)
+             ) -> tuple[Tensor, Tensor|None]: # (B,3,h,w) and (B,4)
     "Apply `f` to at most `chunk` images at a time on a CPU, to the whole batch elsewhere."
-    if x.device.type != "cpu" or chunk is None or len(x) <= chunk: return f(x)
-    out = None
+    if x.device.type != "cpu" or chunk is None or len(x) <= chunk: return f(x, boxes)
+    out, moved = None, []
     for i in range(0, len(x), chunk):
-        part = f(x[i:i+chunk])
+        part, b = f(x[i:i+chunk], None if boxes is None else boxes[i:i+chunk])
         if out is None: out = part.new_empty(len(x), *part.shape[1:])
-        out[i:i+chunk] = part
-    return out
+        out[i:i+chunk] = part; moved.append(b)
+    return out, None if moved[0] is None else torch.cat(moved)
 
 def uniform(n:int, low:float, high:float, generator=None) -> Tensor:
     "`n` uniform draws from [low, high) on the generator's device."
@@ -89,6 +111,11 @@ class RandomHorizontalFlip(Transform):
         out = torch.empty_like(x)
         for i, reverse in enumerate(flip.tolist()): out[i] = x[i].flip(self.dim - 1) if reverse else x[i]
         return out
+
+    def move(self, boxes, x, flip):
+        start, mirrored = 3 - self.dim, boxes.clone()
+        mirrored[:, start], mirrored[:, start + 2] = 1 - boxes[:, start + 2], 1 - boxes[:, start]
+        return torch.where(flip.to(boxes.device)[:, None], mirrored, boxes)
 
     def extra_repr(self): return f"p={self.p}"
 
@@ -123,6 +150,11 @@ class RandomCrop(Transform):
     def transform(self, x, top, left):
         "`top`, `left`: int (B,), the window's corner in the padded image."
         return (_crop_slices if x.device.type == "cpu" else _crop_gather)(x, top, left, self.size, self.padding, self.padding_mode)
+
+    def move(self, boxes, x, top, left):
+        "Of a reflection in the padding, the box knows nothing."
+        size = lambda h, w: boxes.new_tensor([w, h, w, h])
+        return (boxes*size(*x.shape[2:]) + self.padding - torch.stack([left, top, left, top], 1).to(boxes))/size(*self.size)
 
     def extra_repr(self): return f"size={self.size}, padding={self.padding}, padding_mode={self.padding_mode}"
 
@@ -179,6 +211,21 @@ def _check_interpolation(name):
     if name not in ("nearest", "bilinear"): raise ValueError(f"interpolation='{name}': use 'nearest' or 'bilinear'")
     return name
 
+# %% ../nbs/02_transforms.ipynb #8ec758a0
+def affine_boxes(boxes:Tensor, # (B,4), see `ImageSet`
+                 size:tuple, # height and width of the images, pixels
+                 angle:Tensor|float=0., translate:tuple=(0., 0.), scale:Tensor|float=1., shear:tuple=(0., 0.), # as for `affine`
+                ) -> Tensor: # (B,4), not cut off at the border
+    "The smallest upright boxes around what `affine` makes of boxes."
+    full = lambda v: torch.as_tensor(v, dtype=boxes.dtype, device=boxes.device).expand(len(boxes))
+    rot, sx, sy = (torch.deg2rad(full(v)) for v in (angle, *shear))
+    a, c = torch.cos(rot - sy)/torch.cos(sy), torch.sin(rot - sy)/torch.cos(sy)
+    b, d = -a*torch.tan(sx) - torch.sin(rot), -c*torch.tan(sx) + torch.cos(rot)
+    (h, w), (tx, ty), s = size, map(full, translate), full(scale)
+    x, y = (boxes[:, [0, 2, 0, 2]] - .5)*w, (boxes[:, [1, 1, 3, 3]] - .5)*h # corners, from the centre
+    moved = [(s[:, None]*(p[:, None]*x + q[:, None]*y) + t[:, None])/side + .5 for p, q, t, side in ((a, b, tx, w), (c, d, ty, h))]
+    return torch.stack([f(v, 1) for f in (torch.amin, torch.amax) for v in moved], 1)
+
 # %% ../nbs/02_transforms.ipynb #a84b0413
 class RandomAffine(Transform):
     "Rotate, translate, scale and shear by random amounts; torchvision's ranges and defaults."
@@ -208,6 +255,9 @@ class RandomAffine(Transform):
         "`angle`, `scale`, `shear`: (B,); `translate`: (B,2) pixels."
         return affine(x, angle, translate.unbind(1), scale, (shear, 0.), self.interpolation, self.fill)
 
+    def move(self, boxes, x, angle, translate, scale, shear):
+        return affine_boxes(boxes, x.shape[2:], angle, translate.unbind(1), scale, (shear, 0.))
+
     def extra_repr(self): return f"degrees={self.degrees}, translate={self.translate}, scale={self.scale}, shear={self.shear}, {self.interpolation}, fill={self.fill}"
 
 # %% ../nbs/02_transforms.ipynb #8bd991df
@@ -227,6 +277,8 @@ class RandomRotation(Transform):
     def transform(self, x, angle):
         "`angle`: (B,) degrees, counter-clockwise."
         return affine(x, -angle, interpolation=self.interpolation, fill=self.fill)
+
+    def move(self, boxes, x, angle): return affine_boxes(boxes, x.shape[2:], -angle)
 
     def extra_repr(self): return f"degrees={self.degrees}, {self.interpolation}, fill={self.fill}"
 
@@ -296,13 +348,9 @@ class Compose(Transform):
         super().__init__()
         self.transforms = nn.ModuleList(transforms)
 
-    def forward(self, x, generator=None):
-        check_images(x)
-        return in_chunks(lambda part: self._all(part, generator), x, self.chunk)
-
-    def _all(self, x, generator):
-        for t in self.transforms: x = t(x, generator)
-        return x
+    def _both(self, x, boxes, generator):
+        for t in self.transforms: x, boxes = t.with_boxes(x, boxes, generator) if isinstance(t, Transform) else (t(x, generator), None)
+        return x, boxes
 
 # %% ../nbs/02_transforms.ipynb #5339dc30
 class Pad(Transform):
@@ -315,6 +363,10 @@ class Pad(Transform):
         self.padding = padding
 
     def transform(self, x): return F.pad(x, (self.padding,)*4)
+
+    def move(self, boxes, x):
+        side = boxes.new_tensor([*x.shape[:1:-1]]*2)
+        return (boxes*side + self.padding)/(side + 2*self.padding)
 
     def extra_repr(self): return f"padding={self.padding}"
 
@@ -334,3 +386,5 @@ class PerImage(Transform):
             out, set_seed = [], torch.default_generator.manual_seed if x.device.type == "cpu" else torch.manual_seed # the latter sets GPUs, too
             for image, s in zip(x, seed.tolist(), strict=True): set_seed(s); out.append(self.per_image(image))
         return torch.stack(out).clamp(0, 1)
+
+    def move(self, boxes, x, seed): return None # many of them do not say where a point goes

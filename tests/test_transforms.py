@@ -224,17 +224,18 @@ def test_compose_feeds_all_its_parts_from_one_generator():
 @given(st.integers(1, 70), st.integers(1, 40))
 def test_portions_make_up_the_whole(n, chunk):
     x, sizes = batch(n, 2, 3), []
-    y = in_chunks(lambda part: sizes.append(len(part)) or F.pad(2*part, (1, 1, 0, 0)).double(), x, chunk)
+    y, none = in_chunks(lambda part, b: (sizes.append(len(part)) or F.pad(2*part, (1, 1, 0, 0)).double(), b), x, None, chunk)
+    assert none is None
     assert torch.equal(y, F.pad(2*x, (1, 1, 0, 0)).double()) and y.dtype == torch.float64
     assert sum(sizes) == n and max(sizes) <= chunk and len(sizes) == -(-n//chunk)
 
 def test_without_a_limit_there_is_one_portion():
     sizes = []
-    assert torch.equal(in_chunks(lambda part: sizes.append(len(part)) or part, batch(70), None), batch(70)) and sizes == [70]
+    assert torch.equal(in_chunks(lambda part, b: (sizes.append(len(part)) or part, b), batch(70), None, None)[0], batch(70)) and sizes == [70]
 
 def test_gradients_flow_through_portions():
     x = batch(70, 2, 2).requires_grad_()
-    in_chunks(lambda part: part**2, x, 32).sum().backward()
+    in_chunks(lambda part, b: (part**2, b), x, None, 32)[0].sum().backward()
     assert torch.equal(x.grad, 2*x.detach())
 
 class Watched(RandomHorizontalFlip):
