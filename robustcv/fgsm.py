@@ -7,7 +7,7 @@ __all__ = ['attacking', 'check_attack', 'cross_entropies', 'gradient', 'fgsm', '
            'fold_batchnorm', 'strong_attacks', 'worst_case', 'transfer_table', 'Transferred']
 
 # %% ../nbs/12_fgsm.ipynb #63547f7e
-import copy, hashlib, math
+import copy, hashlib, inspect, math
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -235,7 +235,8 @@ def _share(p, i, queries):
 def fold_batchnorm(model:nn.Module) -> nn.Module: # a frozen copy in evaluation mode
     "A copy with batch normalisation folded into the convolutions, where the model can be traced; a plain copy where not."
     still = copy.deepcopy(model).eval().requires_grad_(False)
-    try: folded = fuse(still)
+    given = {n: p.default for n, p in inspect.signature(still.forward).parameters.items() if p.default is not p.empty} # traced as they are by default
+    try: folded = fuse(torch.fx.symbolic_trace(still, given), no_trace=True)
     except (torch.fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError): return still # its control flow depends on data: torch.fx cannot trace it
     return folded.eval().requires_grad_(False)
 

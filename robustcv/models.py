@@ -33,7 +33,15 @@ class Classifier(nn.Module):
         self.register_buffer("scale", 1/std, persistent=False)
         self.register_buffer("shift", -torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)/std, persistent=False)
 
-    def forward(self, x:Tensor) -> Tensor: return self.net(torch.addcmul(self.shift, x, self.scale))
+    def forward(self,
+                x:Tensor, # (B,3,H,W) in [0,1]
+                boxes:bool=False, # boxes, too, of a network built with a head for them
+               ) -> Tensor|tuple[Tensor, Tensor]: # logits (B,K); with `boxes` also (B,4), x0,y0,x1,y1 in [0,1]
+        two, k = self.config.get("boxes"), self.config["num_classes"]
+        if boxes and not two: raise ValueError(f"boxes=True: this {self.config['name']} has no head for boxes; build it with build_model(…, boxes=True)")
+        out = self.net(torch.addcmul(self.shift, x, self.scale))
+        if not two: return out
+        return (out[:, :k], _boxes(out[:, k:].float())) if boxes else out[:, :k]
 
     def stage(self, name:str) -> list: # of modules
         "The modules of one stage."
@@ -54,6 +62,13 @@ class Classifier(nn.Module):
         for s in self.frozen:
             for m in self.stage(s): m.eval()
         return self
+
+# %% ../nbs/03_models.ipynb #32e5cd3b
+def _boxes(out):
+    "Four numbers an image, of any size, as x0,y0,x1,y1 in [0,1]."
+    place, side = out.sigmoid().chunk(2, 1)
+    corner = place*(1 - side)
+    return torch.cat([corner, corner + side], 1)
 
 # %% ../nbs/03_models.ipynb #a4a1aa43
 def _stages(net):
@@ -98,22 +113,24 @@ def build_model(name:str, # "resnet18", "densenet121", any torchvision classifie
                 pretrained:bool=False, # start from torchvision's ImageNet weights
                 stem:str="imagenet", # or "small": 3×3 convolution, no pooling
                 weights=None, # file to start from instead: torchvision's .pth or this library's .safetensors
+                boxes:bool=False, # a second head, for one bounding box, on the same trunk
                ) -> Classifier: # maps (B,3,H,W) in [0,1] to logits (B,K)
     "A classifier with normalisation inside; a head for another number of classes is replaced by a new one."
     choose("stem", stem, ["imagenet", "small"])
     if num_classes < 2: raise ValueError(f"num_classes={num_classes}: a classifier needs at least 2")
-    state = _read_weights(weights) if weights else _pretrained_weights(name) if pretrained else None
-    net = _create(name, num_classes)
+    state, outputs = _read_weights(weights) if weights else _pretrained_weights(name) if pretrained else None, num_classes + 4*boxes
+    net = _create(name, outputs)
     stages = _stages(net)
+    if boxes and "head" not in stages: raise ValueError(f"boxes=True: {name} does not end with a linear layer, to which a head for boxes could be added")
     if state is not None:
         head = stages["head"][0] + ".weight" if "head" in stages else None
-        if head in state and len(state[head]) != num_classes: net = _create(name, len(state[head]))
+        if head in state and len(state[head]) != outputs: net = _create(name, len(state[head]))
     replaced = _small_stem(net) if stem == "small" else None
     if state is not None: _load_state(net, state, weights or f"pretrained {name}", may_miss=replaced)
     last = net.get_submodule(stages["head"][0]) if "head" in stages else None
-    if last and last.out_features != num_classes: net.set_submodule(stages["head"][0], nn.Linear(last.in_features, num_classes))
+    if last and last.out_features != outputs: net.set_submodule(stages["head"][0], nn.Linear(last.in_features, outputs))
     start = Path(weights).name if weights else "ImageNet" if pretrained else "scratch"
-    return Classifier(net, stages, dict(name=name, num_classes=num_classes, stem=stem, start=start))
+    return Classifier(net, stages, dict(name=name, num_classes=num_classes, stem=stem, start=start, **({"boxes": True} if boxes else {})))
 
 # %% ../nbs/03_models.ipynb #1f192705
 def _read_weights(path) -> dict:
@@ -188,10 +205,10 @@ def load_model(path, # file written by `save_model`
         with safe_open(path, "pt") as f: config = json.loads((f.metadata() or {})["robustcv"])
     except (SafetensorError, json.JSONDecodeError, OSError) as e: raise ValueError(f"{path}: damaged or not a safetensors file ({e})") from None
     except KeyError: config = None
-    if not isinstance(config, dict) or config.keys() != {"name", "num_classes", "stem", "start", "classes", "size"}:
+    if not isinstance(config, dict) or config.keys() - {"boxes"} != {"name", "num_classes", "stem", "start", "classes", "size"}:
         raise ValueError(f"{path}: not a robustcv model; pass it to build_model(…, weights=FILE) instead")
     classes = config["classes"]
-    model = build_model(config["name"], config["num_classes"], stem=config["stem"])
+    model = build_model(config["name"], config["num_classes"], stem=config["stem"], boxes=config.get("boxes", False))
     _load_state(model.net, _read_weights(path), path)
     model.config["start"], model.classes, model.size = config["start"], None if classes is None else tuple(classes), config["size"]
     return model.to(device).eval()

@@ -23,6 +23,7 @@ from .core import atomic_path, choose, derive_seed, describe, generator, model_c
 from .data import Batch, Batches, ImageSet, take
 from .models import Classifier, save_model
 from .symmetry import RandomSymmetry, orbit_features, split_at, symmetrize, turned
+from .transforms import Transform
 
 # %% ../nbs/04_training.ipynb #ec554b89
 def cross_entropy(model, # maps (B,3,H,W) in [0,1] to logits (B,K)
@@ -120,14 +121,19 @@ def _step(run, batch):
     run.optimizer.step(); run.schedule.step(); run.optimizer.zero_grad()
     return loss.detach().float()
 
+def _transformed(transform, batch, gen):
+    "Images and boxes; no boxes if the transform is a function of images alone."
+    if transform is None: return batch.images, batch.boxes
+    return transform.with_boxes(batch.images, batch.boxes, gen) if isinstance(transform, Transform) else (transform(batch.images, gen), None)
+
 def _epoch(run, epoch, check_every=50):
     "One pass over the training images; returns its mean loss and speed."
     run.parallel.train(); torch.manual_seed(derive_seed(run.seed, "epoch", epoch))
     rank, total, start, replays = run.batches.rank, 0., time.perf_counter(), run.config.replays or 1
     gen = generator(run.seed, "transform", epoch, *([rank] if rank else [])) # each process transforms images of its own
     for i, batch in enumerate(run.batches.epoch(epoch), 1):
-        images = batch.images if run.transform is None else run.transform(batch.images, gen)
-        batch = replace(batch, images=images.contiguous(memory_format=torch.channels_last))
+        images, boxes = _transformed(run.transform, batch, gen)
+        batch = replace(batch, images=images.contiguous(memory_format=torch.channels_last), boxes=boxes)
         for _ in range(replays): total = total + _step(run, batch)/replays
         run.bar.update(run.config.batch_size)
         if (i % check_every == 0 or i == len(run.batches)) and not math.isfinite(loss := float(run.reduce(total, "mean"))):
@@ -232,6 +238,7 @@ def fit_from(model:Classifier, # trained in place, from a stage on
     "`fit` with `RandomSymmetry` and frozen layers before `first`, computed once for each orientation; accuracies are on images turned at random."
     device = pick_device(device)
     _check_fit(model, train, valid)
+    if model.config.get("boxes"): raise ValueError("model: has a head for boxes; `fit_from` trains classifiers alone")
     model.freeze_below(first).to(device)
     model.classes, model.size = train.classes, train.images.shape[-1]
     with torch.no_grad(): size = 8*len(train)*split_at(model, first)[0].eval()(train.images[:1].to(device)/255).numel()*4/1e9
