@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ORBIT', 'Perturbation', 'add_noise', 'occlude', 'standard_perturbations', 'color_perturbations',
-           'erase_perturbations', 'stability_perturbations', 'symmetry_perturbations', 'attack_perturbations',
-           'random_signs', 'show_perturbations', 'TrustWarning', 'check_trust', 'evaluate', 'spread_over', 'wilson',
-           'measure_orbit', 'measure_certificates', 'compare', 'pack', 'unpack', 'plot_bars', 'plot_strength',
-           'plot_confusions']
+           'erase_perturbations', 'stability_perturbations', 'affine_perturbations', 'symmetry_perturbations',
+           'attack_perturbations', 'random_signs', 'show_perturbations', 'TrustWarning', 'check_trust', 'evaluate',
+           'spread_over', 'wilson', 'evaluate_together', 'measure_orbit', 'measure_boxes', 'measure_certificates',
+           'compare', 'pack', 'unpack', 'plot_bars', 'plot_strength', 'plot_confusions']
 
 # %% ../nbs/05_evaluation.ipynb #c6162757
 import base64, math, time, warnings
@@ -23,12 +23,14 @@ from torchvision.transforms.v2 import functional as tv
 
 from .core import derive_seed, model_colors, normalized, pick_device
 from .data import Batches, ImageSet, show_images, take
+from .ensemble import combine
 from .fgsm import fgsm, fold_batchnorm, pgd, strong_attacks, worst_case
+from .multi_task import box_iou, linear_probe, predict_boxes
 from .random_erase import RandomErase
 from .stability import SEVERITIES, certify, corrupt, jpeg, rescale, salt_and_pepper, uniform_noise
 from .symmetry import ELEMENTS, RandomSymmetry, apply_symmetry, symmetrize
 from .training import autocast
-from .transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip, gaussian_blur
+from .transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip, affine, gaussian_blur
 
 # %% ../nbs/05_evaluation.ipynb #cf3e4cf4
 @dataclass(frozen=True)
@@ -105,6 +107,14 @@ def stability_perturbations() -> list[Perturbation]:
              "JPEG": (jpeg, (80, 50, 30, 10), "quality"), "rescaling": (rescale, (.75, .5, .25), "of the side")}
     return [*[Perturbation(name, _still(f, s), s, unit) for name, (f, strengths, unit) in kinds.items() for s in strengths],
             *[Perturbation(f"corruption: {kind}", _still(corrupt, kind, s), s, "severity") for kind in SEVERITIES for s in range(1, 6)]]
+
+def affine_perturbations() -> list[Perturbation]:
+    "Rotations, shifts to the right and down, changes of size and shears, each at two strengths; what comes in from outside is black."
+    kinds = {"rotation": (lambda x, s: affine(x, -s, interpolation="bilinear"), (15., 30.), "degrees counter-clockwise"),
+             "translation": (lambda x, s: affine(x, translate=(round(s*x.shape[3]), round(s*x.shape[2])), interpolation="bilinear"), (.1, .2), "of the side"),
+             "scale": (lambda x, s: affine(x, scale=s, interpolation="bilinear"), (.75, 1.25), "factor"),
+             "shear": (lambda x, s: affine(x, shear=(s, 0.), interpolation="bilinear"), (15., 30.), "degrees")}
+    return [Perturbation(f"affine: {name}", _still(f, s), s, unit) for name, (f, strengths, unit) in kinds.items() for s in strengths]
 
 def symmetry_perturbations() -> list[Perturbation]:
     "The two symmetries of the square that the standard perturbations lack, and one at random for each image."
@@ -228,6 +238,32 @@ def wilson(correct:int, n:int, confidence:float=0.95) -> tuple[float, float]: # 
     interval = binomtest(int(correct), int(n)).proportion_ci(confidence, "wilson")
     return float(interval.low), float(interval.high)
 
+# %% ../nbs/05_evaluation.ipynb #16a986bc
+def evaluate_together(members:dict, # name to model
+                      groups:dict, # name to the names of its members: an ensemble, or one model
+                      images:ImageSet,
+                      perturbations:list, # of `Perturbation`; applied without a model
+                      average:str="probabilities", # see `combine`
+                      batch_size:int=256, precision:str="auto", seed:int=0, device=None, # as for `evaluate`
+                     ) -> dict: # name of a group to its evaluation, as `evaluate` gives it
+    "`evaluate` for several ensembles of the same models at once."
+    device = pick_device(device)
+    for m in members.values(): m.to(device, memory_format=torch.channels_last).eval()
+    batches, rows = Batches(images, batch_size, device=device), {g: [] for g in groups}
+    for p in perturbations:
+        start, said = time.perf_counter(), {g: [] for g in groups}
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(seed, p.name, p.strength))
+            for b in batches:
+                x = p.apply(b.images, b.labels, None).contiguous(memory_format=torch.channels_last)
+                with torch.inference_mode(), autocast(device, "fp32" if p.fp32 else precision): out = {n: m(x).float() for n, m in members.items()}
+                for g, names in groups.items(): said[g].append(combine((out[n] for n in names), average=average).argmax(1).cpu())
+        seconds = (time.perf_counter() - start)/len(groups)
+        for g, parts in said.items():
+            predicted = torch.cat(parts).numpy()
+            rows[g].append(_row(p.name, p.strength, p.unit, predicted == images.labels.numpy(), seconds, predicted))
+    return {g: pd.DataFrame(r, columns=COLUMNS) for g, r in rows.items()}
+
 # %% ../nbs/05_evaluation.ipynb #7ead1aff
 ORBIT = (("clean", None), *[("rotation", d) for d in (90, 180, 270)], *[(ELEMENTS[e], None) for e in (4, 5, 6, 7)]) # perturbations that are the group of the square
 
@@ -241,6 +277,21 @@ def measure_orbit(model:nn.Module, # see `evaluate`
     same = _row("same in all orientations", math.nan, "", (predicted == predicted[0]).all(0), 0.)
     pooled = evaluate(symmetrize(model), images, [Perturbation("symmetrized", _still(lambda x: x))], **kwargs)
     return pd.concat([table, pd.DataFrame([same], columns=COLUMNS), pooled], ignore_index=True)
+
+def measure_boxes(model:nn.Module, # see `evaluate`; predicts boxes or not
+                  images:ImageSet, # with boxes
+                  table:pd.DataFrame, # its evaluation
+                  other:tuple, # training and validation images of another source
+                  device=None, # None: the best there is
+                 ) -> pd.DataFrame: # rows more
+    "Where the predicted box overlaps the given one by half or more, if boxes are predicted; and which images of another source a linear probe has right."
+    rows, start = [], time.perf_counter()
+    probe = linear_probe(model, *other, device=device)
+    rows.append(_row(f"linear probe: {other[1].name}", math.nan, "", (probe == other[1].labels).numpy(), time.perf_counter() - start))
+    if model.config.get("boxes"):
+        overlap = box_iou(predict_boxes(model, images, device=device), images.boxes)
+        rows.append(_row("box", .5, "intersection over union, at least", (overlap >= .5).numpy(), time.perf_counter() - start))
+    return pd.concat([table, pd.DataFrame(rows, columns=COLUMNS)], ignore_index=True)
 
 def measure_certificates(model:nn.Module, # see `evaluate`
                          images:ImageSet,

@@ -2,7 +2,9 @@
 import base64
 import itertools
 import math
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -10,10 +12,12 @@ import torch
 from scipy.stats import norm, t as student
 
 from robustcv import claims
-from robustcv.claims import CLAIMS, CLEAN, LESS, MORE, TRADE_OFF, Claim, _each, Difference, differences, ledger, paired, plot_claims, seed_spread, spread, summary, verdict, widened
+from robustcv.claims import (AFFINE, CLAIMS, CLEAN, LESS, MORE, NEEDS, NOTEBOOKS, TRADE_OFF, Claim, _each, Difference, deciding, differences, ledger, missing, paired, plot_claims,
+                             seed_spread, spread, summary, summary_table, verdict, widened)
 from robustcv.core import generator
-from robustcv.evaluation import attack_perturbations, compare, standard_perturbations
-from robustcv.experiments import ATTACKED, EXTRA, SECTIONS
+from robustcv.evaluation import attack_perturbations, compare, standard_perturbations, wilson
+from robustcv.experiments import ATTACKED, EXTRA, by_name
+from robustcv.grids import SECTIONS
 
 N = 200
 
@@ -28,8 +32,9 @@ def pack_filters(w): return dict(shape=list(w.shape), float16=base64.b64encode(w
 def made(name, right, seed=0, section="s", training=80., scale="lite", **more):
     "A record of this run: which clean images it has right, and under which other perturbations."
     rows = [row(right), *[row(r, *p) for p, r in more.get("under", {}).items()]]
-    return dict(id=f"{section}{name}{seed}", section=section, name=name, seed=seed, scale=scale,
-                metrics=dict(evaluation=rows, train_accuracy=training, filters=pack_filters(more.get("filters", torch.randn(8, 3, 7, 7)))), data=dict(name="simulated", fingerprint="f", valid=len(right), train=1000))
+    metrics = dict(evaluation=rows, train_accuracy=training, filters=pack_filters(more.get("filters", torch.randn(8, 3, 7, 7))), **{k: more[k] for k in ("boxes",) if k in more})
+    return dict(id=f"{section}{name}{seed}", section=section, name=name, seed=seed, scale=scale, metrics=metrics,
+                data=dict(name="simulated", fingerprint="f", valid=len(right), train=1000))
 
 def difference(low, high, region): return Difference("d", (low + high)/2, low, high, region)
 
@@ -167,14 +172,34 @@ def test_labels_say_what_is_compared():
     said = [d.label for d in differences(claim(("a", "b", MORE), ("a", "b", MORE, noise, noise), ("a", "a", LESS, CLEAN, noise)), records)]
     assert len(set(said)) == 3 and said[0] == "b − a" and "noise 0.1" in said[1] and "clean" in said[2] and "noise 0.1" in said[2]
 
-def test_a_run_that_is_missing_is_named():
-    with pytest.raises(KeyError, match="s / nobody is not on record"): differences(claim(("a", "nobody", MORE)), RECORDS)
+def test_all_runs_that_are_missing_are_named_with_the_command_that_makes_them():
+    needy = claim(("nobody", "b", MORE), ("a", "E, zero", MORE), ("E, zero", "nobody", MORE, CLEAN, ("fog", .5)))
+    assert missing(needy, RECORDS) == "not on record: nobody; E, zero: `robustcv run s --only 'nobody' --only 'E, zero' --scale lite`"
+    with pytest.raises(KeyError, match="nobody; E, zero"): differences(needy, RECORDS)
+
+def test_all_that_was_not_measured_is_named_with_its_run():
+    fog, blur = ("fog", .5), ("blur", 30.)
+    some = [made("a", hits(.5), s, under={fog: hits(.4)} if s else {fog: hits(.4), blur: hits(.4)}) for s in range(2)] + [made("b", hits(.5))]
+    needy = claim(("a", "b", MORE, (CLEAN, fog, blur), (CLEAN, fog, blur)), ("b", "nobody", MORE, "boxes", "boxes"))
+    assert missing(needy, some) == ("not on record: nobody; blur 30 of a; fog 0.5, blur 30, boxes of b: `robustcv run s --only 'nobody' --only 'a' --only 'b' --scale lite`, "
+                                    "once the records of a; b are removed")
+
+@pytest.mark.parametrize("measure, lacking", [("training", "train_accuracy"), ("gap", "train_accuracy"), ("selectivity", "filters"), ("boxes", "boxes")])
+def test_a_measure_that_is_not_on_record_is_missing(measure, lacking):
+    whole = made("a", hits(.5), boxes={"n": 1, "empty": 0, "tiny": 0, "whole": 0, "unsalient": 0})
+    partial = {**whole, "metrics": {k: v for k, v in whole["metrics"].items() if k != lacking}}
+    test = claim(("a", "a", MORE, measure, measure))
+    assert missing(test, [whole]) == "" and missing(test, [partial]).startswith(f"not on record: {lacking} of a: `robustcv run s --only 'a'")
+
+def test_nothing_is_missing_of_what_is_on_record():
+    assert missing(claim(("a", "b", MORE), ("a", "c", LESS, "training", "training"), ("a", "b", MORE, "all", "all")), RECORDS) == ""
+    assert missing(CLAIMS["C12"], RECORDS) == "not on record: baseline; data; objective: `robustcv run adversarial_training --only 'baseline' --only 'data' --only 'objective' --scale lite`"
 
 @pytest.mark.parametrize("other, said", [(made("c", hits(.5), scale="full"), "records of 2 settings cannot share a statistic"),
                                          ({**made("a", hits(.5)), "id": "again"}, "is on record with several settings")])
 def test_records_that_do_not_belong_together_are_refused(other, said, monkeypatch):
     monkeypatch.setattr(claims, "CLAIMS", {"X": claim(("a", "b", MORE))})
-    for f in (lambda r: differences(CLAIMS["C1"], r), ledger, lambda r: summary(r, ["X"]), plot_claims):
+    for f in (lambda r: differences(CLAIMS["C1"], r), lambda r: missing(CLAIMS["C1"], r), ledger, lambda r: summary(r, ["X"]), summary_table, plot_claims):
         with pytest.raises(ValueError, match=said): f([*RECORDS, other])
 
 
@@ -191,13 +216,14 @@ def three(monkeypatch):
 def test_the_ledger_has_a_row_a_comparison(three):
     rows = ledger(three)
     assert rows.claim.tolist() == ["true"]*2 + ["false"]*2 + ["open", "missing"]
-    assert rows.verdict.tolist() == ["reproduced"]*2 + ["contradicted"]*2 + ["undecided", "no records"]
+    assert rows.verdict.tolist() == ["reproduced"]*2 + ["contradicted"]*2 + ["undecided"]*2
     assert rows["comparison verdict"].tolist()[:5] == ["reproduced"]*2 + ["contradicted", "reproduced", "undecided"]
-    assert rows.comparison.tolist()[:5] == ["b − a", "b − c", "a − b", "b − a", "c − a"] and "nobody is not on record" in rows.comparison[5]
+    assert rows.comparison.tolist()[:5] == ["b − a", "b − c", "a − b", "b − a", "c − a"] and rows.comparison[5].startswith("not on record: nobody: `robustcv run s --only 'nobody'")
     value, low, high = paired(three[:1], three[1:2], seeds=spread(three), confidence=.975)
     assert rows.points[0] == round(value, 1) and rows.interval[0] == f"{low:+.1f} to {high:+.1f}"
     assert rows.loc[0, ["seeds", "n", "data", "article"]].tolist() == [1, N, "simulated, lite", "a graph"]
-    assert rows.loc[5, ["points", "interval", "seeds", "n", "data"]].isna().all()
+    assert rows.loc[5, ["points", "interval", "seeds", "n", "data", "comparison verdict", "records"]].isna().all()
+    assert set(rows.section) == {"s"} and list(rows.columns[:3]) == ["claim", "section", "notebook"]
     assert ledger(three, ["open", "true"]).claim.tolist() == ["open", "true", "true"]
 
 def test_the_ledger_counts_the_fewest_seeds(three):
@@ -206,31 +232,43 @@ def test_the_ledger_counts_the_fewest_seeds(three):
 
 def test_without_any_run_every_claim_has_a_row_that_says_so():
     rows = ledger(RECORDS)
-    assert rows.claim.tolist() == list(CLAIMS) and (rows.verdict == "no records").all() and all("is not on record" in c for c in rows.comparison)
+    assert rows.claim.tolist() == list(CLAIMS) and (rows.verdict == "undecided").all() and all(f"robustcv run {s} --only" in c for s, c in zip(rows.section, rows.comparison, strict=True))
+
+def test_the_ledger_names_notebooks_and_records(three):
+    other = [made("a", hits(.5), section="random_erase"), made("a", hits(.5), 1, section="random_erase"), made("b", hits(.5), section="random_erase")]
+    for r, id in zip(other, ("0123456789abcdef", "fedcba9876543210", "0000000011111111"), strict=True): r["id"] = id
+    claims.CLAIMS["pair"] = Claim("pair", "random_erase", "", "", (("a", "b", MORE), ("b", "b", LESS, CLEAN, CLEAN), ("a", "b", MORE, "all", "all")))
+    rows = ledger(three + other, ["pair"])
+    assert rows.records.tolist() == ["01234567 fedcba98 00000000", "00000000", "01234567 fedcba98 00000000"]
+    assert set(rows.notebook) == {"11_random_erase.ipynb"} and list(rows.seeds) == [1]*3
+
+def test_every_section_has_its_notebook():
+    assert set(NOTEBOOKS) == set(SECTIONS)
+    assert not [n for n in NOTEBOOKS.values() if not (Path(__file__).parent.parent/"nbs"/n).is_file()]
 
 def test_a_perturbation_that_is_missing_is_named_in_the_ledger(three, monkeypatch):
     monkeypatch.setitem(claims.CLAIMS, "open", claim(("a", "b", MORE, ("fog", .5), ("fog", .5)), id="open"))
     rows = ledger(three, ["open"])
-    assert rows.verdict.tolist() == ["no records"] and "not measured under 'fog' 0.5" in rows.comparison[0]
+    assert rows.verdict.tolist() == ["undecided"] and rows.comparison[0].startswith("not on record: fog 0.5 of a; fog 0.5 of b:")
 
 def test_the_summary_tells_effects_and_verdicts(three):
     lines = summary(three, ["true", "false", "open", "missing"]).split("\n")
     assert len(lines) == 4 and all(line.startswith(f"- **{i}**") for i, line in zip(("true", "false", "open", "missing"), lines, strict=True))
-    expected = "**Reproduced**", "**Contradicted**", "**Undecided**", "*no records* (s / nobody is not on record)"
+    expected = "**Reproduced**", "**Contradicted**", "**Undecided**", "**Undecided**, not on record: nobody: `robustcv run s --only 'nobody' --scale lite`"
     assert all(e in line for e, line in zip(expected, lines, strict=True))
     d = differences(claims.CLAIMS["open"], three)[0]
     assert f"c − a: {d.value:+.1f} ({d.low:+.1f} to {d.high:+.1f})" in lines[2] and "b is better" in lines[0]
 
-def test_the_short_ledger_has_a_row_a_claim_on_record(three, monkeypatch):
+def test_the_short_ledger_has_a_row_a_claim(three, monkeypatch):
     monkeypatch.setitem(claims.CLAIMS, "many", claim(*[("a", "b", MORE)]*4, *[("b", "a", LESS)]*4, id="many"))
     rows = claims.summary_table(three).set_index("claim")
-    found, effects = {i: differences(claims.CLAIMS[i], three) for i in rows.index}, rows["we found (points)"]
-    assert list(found) == ["true", "false", "open", "many"] and rows.verdict.tolist() == [verdict(ds) for ds in found.values()]
+    found, effects = {i: differences(claims.CLAIMS[i], three) for i in rows.index if i != "missing"}, rows["we found (points)"]
+    assert list(rows.index) == ["true", "false", "open", "missing", "many"] and [rows.verdict[i] for i in found] == [verdict(ds) for ds in found.values()]
+    assert rows.verdict["missing"] == "undecided" and effects["missing"].startswith("not on record: nobody: `robustcv run s")
     values = {i: [f"{d.value:+.1f}" for d in ds] for i, ds in found.items()}
     assert effects["true"] == ", ".join(values["true"]) and effects["many"] == f"8 comparisons, {values['many'][-1]} to {values['many'][0]}"
 
 def test_the_picture_shows_every_comparison_on_record(three):
-    import matplotlib.pyplot as plt
     ax, found = plot_claims(three), [d for i in ("true", "false", "open") for d in differences(claims.CLAIMS[i], three)]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["true  b − a", "true  b − c", "false  a − b", "false  b − a", "open  c − a"]
     lines = [c.lines for c in ax.containers if hasattr(c, "has_xerr") and c.has_xerr]
@@ -239,13 +277,49 @@ def test_the_picture_shows_every_comparison_on_record(three):
     assert [point.get_color() for point, _, _ in lines] == ["C2", "C2", "C3", "C2", ".5"]
     low, high = ax.get_xlim()
     regions = [(p.get_x(), p.get_x() + p.get_width()) for p in ax.patches]
-    assert low == -high and high > max(d.high for d in found) and regions == [pytest.approx((0, high))]*5
+    assert low < min(d.low for d in found) < 0 < max(d.high for d in found) < high and regions == [pytest.approx((0, high))]*5
     axes = plt.figure().gca()
-    assert plot_claims(three, ["open", "missing"], axes) is axes and len(axes.get_yticklabels()) == 1
+    assert plot_claims(three, ["open", "missing"], ax=axes) is axes and len(axes.get_yticklabels()) == 1
     plt.close("all")
 
 def test_a_picture_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no claim has its records"): plot_claims(RECORDS)
+    ax = plot_claims(RECORDS, decisive=True)
+    assert [t.get_text() for t in ax.get_yticklabels()] == [f"{i}  not on record" for i in CLAIMS] and not ax.patches
+    plt.close("all")
+
+def test_in_short_the_picture_has_a_row_a_claim(three, monkeypatch):
+    monkeypatch.setitem(claims.CLAIMS, "given", Claim("given", "s", "", "", (("a", "b", MORE), ("a", "c", MORE)), {1: (4., 5.)}))
+    ax = plot_claims(three, decisive=True)
+    short = {i: deciding(differences(claims.CLAIMS[i], three)) for i in ("true", "false", "open", "given")}
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["true  " + short["true"].label, "false  a − b", "open  c − a", "missing  not on record", "given  c − a"]
+    assert [t.get_color() for t in ax.get_yticklabels()] == [".15"]*3 + [".65", ".15"]
+    drawn = {c.lines[0].get_ydata()[0]: c.lines[0].get_xdata()[0] for c in ax.containers if getattr(c, "has_xerr", False)}
+    assert drawn == {y: pytest.approx(short[i].value) for y, i in enumerate(["true", "false", "open", "missing", "given"]) if i in short}
+    plt.close("all")
+
+def test_the_article_s_value_is_drawn_beside_its_comparison(monkeypatch):
+    monkeypatch.setattr(claims, "CLAIMS", {"X": Claim("X", "s", "", "", (("a", "b", MORE), ("a", "c", MORE)), {1: (70., 80.)})})
+    assert [d.given for d in differences(claims.CLAIMS["X"], RECORDS)] == [None, (70., 80.)]
+    ax = plot_claims(RECORDS)
+    marks = [line for line in ax.lines if line.get_color() == ".15"]
+    assert [line.get_xdata().tolist() if len(line.get_xdata()) > 1 else line.get_xdata()[0] for line in marks] == [[70., 80.], 75.] and {round(float(line.get_ydata()[0])) for line in marks} == {1}
+    assert marks[1].get_marker() == "D" and marks[1].get_markerfacecolor() == "white" and ax.get_xlim()[1] > 80, "an open diamond, inside of the picture"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["reproduced", "contradicted", "undecided", "the article's value"]
+    plt.close("all")
+
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(.1, 9), st.sampled_from([MORE, LESS, (-2., 2.), (-5., math.inf), (10., math.inf)])), min_size=1, max_size=5))
+def test_the_deciding_comparison_has_the_verdict_and_is_the_extreme_one(drawn):
+    found = [difference(low, low + width, region) for low, width, region in drawn]
+    d, said = deciding(found), verdict(found)
+    def stays_out(d): return max(d.region[0] - d.high, d.low - d.region[1])
+    def sticks_out(d): return max(d.region[0] - d.low, d.high - d.region[1])
+    measure = stays_out if said == "contradicted" else sticks_out
+    assert d.verdict == said and measure(d) == max(measure(o) for o in found if o.verdict == said)
+
+def test_a_wide_interval_does_not_decide_a_claim_that_is_contradicted():
+    wide, out, far, inside = difference(-90, 90, MORE), difference(-2, -1, MORE), difference(-7, -5, MORE), difference(1, 2, MORE)
+    assert deciding([inside, wide, out, far]) is far and deciding([inside, wide]) is wide and deciding([difference(3, 4, MORE), inside]) is inside
 
 
 # the article's claims
@@ -259,9 +333,10 @@ def test_claims_are_about_runs_and_perturbations_that_their_section_has(c):
     assert CLAIMS[c.id] is c and c.statement and c.article and c.comparisons
     for before, after, region, *where in c.comparisons:
         assert {before, after} <= names and len(region) == 2 and region[0] < region[1]
-        assert where in (["training"]*2, ["selectivity"]*2) or (len(where) in (0, 2) and all(measured.issuperset(_each(w)) for w in where)), where
-        assert before != after or where[0] != where[1] or where[0] == "selectivity", "nothing is compared with itself"
-    assert len(set(c.comparisons)) == len(c.comparisons)
+        assert where in [[m]*2 for m in NEEDS] or (len(where) in (0, 2) and all(measured.issuperset(_each(w)) for w in where)), where
+        assert before != after or where[0] != where[1] or where[0] in ("selectivity", "boxes"), "nothing is compared with itself"
+        assert where != ["boxes"]*2 or next(r for r in runs if r.name == after).boxes, "a run with boxes"
+    assert len(set(c.comparisons)) == len(c.comparisons) and set(c.given) <= set(range(len(c.comparisons))) and all(a <= b for a, b in c.given.values()) and hash(c)
 
 def test_several_perturbations_count_with_their_mean():
     noise = ("noise, article", .1)
@@ -272,6 +347,88 @@ def test_several_perturbations_count_with_their_mean():
     again = [made("a", hits(.6, 3), 1, under={noise: hits(.3, 4)}), a]
     sd, df = spread(again, lambda r: np.mean([100*e["correct"]/N for e in r["metrics"]["evaluation"]]))
     assert df == 1 and seed_spread(again, TRADE_OFF, enough=1) == (pytest.approx(sd), 1)
+
+# the gap, boxes, and all perturbations
+
+def gap_records(seeds=1):
+    return [made(n, hits(p, 10*k + s), s, "multi_task", training=t + s*(2*k + 1)) for k, (n, p, t) in enumerate((("baseline", .5, 95.), ("multi-task", .52, 85.))) for s in range(seeds)]
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_the_gap_combines_training_and_validation_and_its_own_spread(seeds):
+    a, b = by_name(gap_records(seeds)).values()
+    found, = differences(Claim("X", "multi_task", "", "", (("baseline", "multi-task", LESS, "gap", "gap"),)), a + b)
+    ta, tb = (np.mean([r["metrics"]["train_accuracy"] for r in rs])/100 for rs in (a, b))
+    v, low, high = paired(a, b)
+    half = norm.ppf(.975)*100*math.sqrt((ta*(1 - ta) + tb*(1 - tb))/N)
+    value, down, up = 100*(tb - ta) - v, math.hypot(half, high - v), math.hypot(half, v - low)
+    sd, df = spread(a + b, lambda r: r["metrics"]["train_accuracy"] - 100*r["metrics"]["evaluation"][0]["correct"]/N)
+    assert df == 2*(seeds - 1) and (sd > 0) == (seeds > 1)
+    more = student.ppf(.975, df)*sd*math.sqrt(2/seeds) if df else 0.
+    assert (found.value, found.low, found.high) == pytest.approx((value, value - math.hypot(down, more), value + math.hypot(up, more)))
+    assert found.label == "multi-task − baseline, gap of training and validation"
+
+def test_the_gap_is_the_difference_of_the_gaps():
+    a, b = made("a", np.arange(N) < 100, training=90.), made("b", np.arange(N) < 120, training=80.)
+    assert differences(claim(("a", "b", LESS, "gap", "gap")), [a, b])[0].value == pytest.approx((80 - 60) - (90 - 50))
+
+def test_the_interval_of_the_gap_covers(seeds=2, trials=150): # the true change of the gap: −10 − 2
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(trials):
+        records = []
+        for name, t, p in (("a", .9, .5), ("b", .8, .52)):
+            for s in range(seeds):
+                training = 100*rng.binomial(N, t + rng.normal(0, .01))/N
+                records.append(made(name, rng.random(N) < p + rng.normal(0, .01), s, training=training, filters=torch.zeros(1, 3, 2, 2)))
+        d, = differences(claim(("a", "b", LESS, "gap", "gap")), records)
+        covered.append(d.low <= -12 <= d.high)
+    assert np.mean(covered) >= .93
+
+def test_an_ensemble_without_filters_or_a_training_accuracy_does_not_disturb_the_spread():
+    pool = made("ensemble", hits(.5), section="ensemble"); del pool["metrics"]["train_accuracy"], pool["metrics"]["filters"]
+    test, records = Claim("X", "multi_task", "", "", tuple(("baseline", "multi-task", LESS, m, m) for m in ("gap", "training"))), gap_records(2)
+    assert differences(test, [*records, pool]) == differences(test, records)
+
+def with_boxes(records, **counts):
+    for r in records: r["metrics"]["boxes"] = {"n": 1000, "empty": 10, "tiny": 40, "whole": 80, "unsalient": 300} | counts
+    return records
+
+@pytest.mark.parametrize("whole, expected", [(80, "reproduced"), (50, "undecided"), (10, "contradicted")])
+def test_the_share_of_poor_boxes_has_wilson_s_interval(whole, expected):
+    d, = differences(CLAIMS["C20"], with_boxes(gap_records(3), whole=whole))
+    assert (d.value, d.low, d.high) == pytest.approx((5 + whole/10, *(100*v for v in wilson(50 + whole, 1000)))) and d.verdict == expected, "seeds share the boxes"
+    assert d.label == "share of poor boxes" and ledger(with_boxes(gap_records()), ["C20"]).n.tolist() == [1000]
+
+def test_the_confidence_of_the_boxes_is_that_of_the_claim():
+    two = Claim("X", "multi_task", "", "", (("multi-task", "multi-task", (10., math.inf), "boxes", "boxes"), ("multi-task", "multi-task", LESS, "boxes", "boxes")))
+    assert [(d.low, d.high) for d in differences(two, with_boxes(gap_records()))] == [pytest.approx(tuple(100*v for v in wilson(130, 1000, .975)))]*2
+
+def test_all_is_what_both_were_measured_under_on_all_images():
+    fog, blur, few = ("fog", 1.), ("blur", 2.), ("PGD-20", .2)
+    a = made("a", hits(.5, 1), under={fog: hits(.3, 2), blur: hits(.9, 3), few: hits(.9, 4, 50), ("same in all orientations", None): hits(.9, 5), ("linear probe: drawn", None): hits(.9, 6)})
+    b = made("b", hits(.6, 7), under={fog: hits(.5, 8), few: hits(.1, 9, 50), ("same in all orientations", None): hits(.1, 10), ("linear probe: drawn", None): hits(.1, 11), ("hue", .5): hits(.1, 12)})
+    d, = differences(claim(("a", "b", MORE, "all", "all")), [a, b])
+    change = 50*((hits(.6, 7)*1. + hits(.5, 8)) - (hits(.5, 1)*1. + hits(.3, 2)))
+    half = norm.ppf(.975)*change.std(ddof=1)/math.sqrt(N)
+    assert (d.value, d.low, d.high) == pytest.approx((change.mean(), change.mean() - half, change.mean() + half)) and d.label == "b − a, mean of all perturbations"
+
+def test_all_leaves_out_what_a_seed_was_not_measured_under():
+    fog = ("fog", 1.)
+    a, b = made("a", hits(.5, 1), under={fog: hits(.1, 2)}), [made("b", hits(.5, s), s, under={fog: hits(.9, 5 + s)} if s else {}) for s in range(2)]
+    assert differences(claim(("a", "b", MORE, "all", "all")), [a, *b])[0].value == pytest.approx(paired([a], b)[0])
+
+def test_an_ensemble_that_is_better_than_each_member_is_found_so():
+    fog, members = ("fog", 1.), [c[0] for c in CLAIMS["C21"].comparisons]
+    records = [made(m, hits(.4, i), section="ensemble", under={fog: hits(.3, i)}) for i, m in enumerate(members)] + [made("ensemble", hits(.8, 20), section="ensemble", under={fog: hits(.7, 21)})]
+    assert len(members) == 6 and verdict(differences(CLAIMS["C21"], records)) == "reproduced"
+    records[2] = made(members[2], hits(.99, 2), section="ensemble", under={fog: hits(.99, 2)})
+    assert verdict(differences(CLAIMS["C21"], records)) == "contradicted" and deciding(differences(CLAIMS["C21"], records)).label.startswith(f"ensemble − {members[2]}")
+
+@pytest.mark.parametrize("gap, clean, affine, expected", [(70, 101, 60, "reproduced"), (95, 101, 60, "contradicted"), (70, 130, 60, "contradicted"), (70, 101, 90, "contradicted")])
+def test_multi_task_learning_has_three_ways_to_fail(gap, clean, affine, expected):
+    "Training accuracy, and of 2,000 images, in 200ths, those right without and with affine transforms; the baseline has 90 %, 100 and 60."
+    def run(name, training, right, turned): return made(name, np.arange(2000) < 10*right, section="multi_task", training=training, under={p: np.arange(2000) < 10*turned for p in AFFINE})
+    found = differences(CLAIMS["C19"], [run("baseline", 90., 100, 60), run("multi-task", gap, clean, affine)])
+    assert verdict(found) == expected and found[2].label == "multi-task − baseline, affine transforms" and len(AFFINE) == 8
 
 @pytest.mark.parametrize("kernels, expected", [("gratings", "reproduced"), ("random", "undecided"), ("round", "contradicted")])
 def test_selective_filters_are_told_from_random_ones(kernels, expected):
@@ -289,7 +446,7 @@ def everything(seeds):
         own = [c for c in CLAIMS.values() if c.section == section]
         names = dict.fromkeys(name for c in own for comparison in c.comparisons for name in comparison[:2])
         under = {p for c in own for comparison in c.comparisons for w in comparison[3:] if not isinstance(w, str) for p in _each(w) if p != CLEAN}
-        out += [made(name, hits(.5, s, n), s, section, under={p: hits(.4, s, n) for p in under}) for name in names for s in range(seeds)]
+        out += [made(name, hits(.5, s, n), s, section, under={p: hits(.4, s, n) for p in under}, boxes={"n": n, "empty": 1, "tiny": 2, "whole": 3, "unsalient": 9}) for name in names for s in range(seeds)]
     return out
 
 @pytest.mark.parametrize("seeds", [1, 2])

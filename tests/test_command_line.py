@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from robustcv.__main__ import app
+from robustcv.__main__ import app, write_report
+from robustcv.color_jitter import ColorJitter
 from robustcv.core import SCALES, load_records
-from robustcv.experiments import SECTIONS, Run
+from robustcv.grids import DEMO, SECTIONS, Run
 from robustcv.models import load_model
 
 
@@ -57,14 +58,51 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     assert "other settings" in call("train", data, "--size", 32, "--epochs", 1, "--batch-size", 8, "--lr", 0.01, "--out", out, code=1)
 
 
-def test_demo_at_smoke_scale_writes_records_figures_and_models(tmp_path):
+@pytest.fixture
+def minute(monkeypatch):
+    "The demo, but with two sections of three small networks."
+    net = lambda section, name, **kwargs: Run(section, name, "shufflenet_v2_x0_5", training={"epochs": 1}, **kwargs)
+    runs = {"baseline": [net("baseline", "plain")], "color_jitter": [net("color_jitter", "baseline"), net("color_jitter", "contrast 5", stem="imagenet", transform=ColorJitter(contrast=5.))]}
+    for section in SECTIONS: monkeypatch.setitem(SECTIONS, section, lambda section=section: runs.get(section, []))
+    for section in list(DEMO): monkeypatch.delitem(DEMO, section)
+    for section, own in runs.items(): monkeypatch.setitem(DEMO, section, tuple(r.name for r in own))
+    monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], classes=2, train_per_class=6, val_per_class=3, batch_size=4))
+
+
+def test_the_demo_writes_records_models_figures_and_a_report(tmp_path, monkeypatch, minute):
+    monkeypatch.setattr("robustcv.__main__.write_report", lambda path, results, scale: f"{path} of {results} at {scale}")
     out = tmp_path / "demo"
     text = call("demo", "--scale", "smoke", "--out", out)
-    assert {r["name"] for r in load_records(out / "results")} == {"flip + crop", "plain"}
-    figures = sorted((out / "figures").glob("*.png"))
-    assert len(figures) == 4 and all(str(f) in text for f in figures)
-    assert "no evidence about natural" in text
-    assert "on record" in call("demo", "--scale", "smoke", "--out", out)  # a second time nothing is trained
+    assert [(r["section"], r["name"]) for r in load_records(out / "results")] == [("baseline", "plain"), ("color_jitter", "baseline"), ("color_jitter", "contrast 5")]
+    figures = {f.name for f in (out / "figures").glob("*.png")}
+    assert {"summary-smoke-claims.png", "summary-smoke-scoreboard.png", "color_jitter-smoke-fields.png"} <= figures and f"({len(figures)})" in text
+    assert "no evidence about natural" in text and "C21" in text and "worst" in text and f"report: {out / 'report.html'} of {out / 'results'} at smoke" in text
+    assert text.count("on record") < call("demo", "--scale", "smoke", "--out", out).count("on record")  # a second time nothing is trained
+
+
+def test_the_report_is_a_page_whose_links_lead_to_the_notebooks(tmp_path, monkeypatch):
+    for name in ("nbconvert", "nbformat"): pytest.importorskip(name)
+    nbs = tmp_path / "checkout" / "nbs"; nbs.mkdir(parents=True)
+    monkeypatch.setattr("robustcv.__main__.__file__", str(tmp_path / "checkout" / "robustcv" / "__main__.py"))
+    assert "is not there; it comes with a checkout" in write_report(tmp_path / "r.html", tmp_path, "smoke") and not (tmp_path / "r.html").exists()
+    import nbformat
+    cells = [nbformat.v4.new_markdown_cell("# Claims\n\n[symmetry](15_symmetry.ipynb)"),
+             nbformat.v4.new_code_cell("import os\nprint('at', os.environ['ROBUSTCV_SCALE'], 'in', os.environ['ROBUSTCV_RESULTS'])")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), nbs / "21_claims.ipynb")
+    assert write_report(tmp_path / "r.html", tmp_path / "records", "smoke") == str(tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert f"at smoke in {tmp_path / 'records'}" in page and f'<base href="{nbs.as_uri()}/">' in page and "15_symmetry.ipynb" in page
+    assert "import os" not in page and "ROBUSTCV_SCALE" not in os.environ
+
+
+def test_a_dry_run_lists_what_is_missing_and_trains_nothing(tmp_path, minute, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = call("run", "all", "--scale", "smoke", "--dry-run")
+    assert text.count("to train") == 2 and text.count("to measure") == 1 and "3 runs, 0 on record" in text and "3 runs of unknown length" in text
+    assert not (tmp_path / "results").exists() and not (tmp_path / "runs").exists()
+    call("run", "baseline", "--scale", "smoke")
+    text = call("run", "baseline", "color_jitter", "--scale", "smoke", "--dry-run")
+    assert "3 runs, 1 on record; the rest takes about 0.0 h\n" in text and text.count("to measure") == 1
 
 
 def test_some_runs_of_a_section_are_run_drawn_and_held_against_the_claims(tmp_path, tiny, monkeypatch):
@@ -82,7 +120,12 @@ def test_some_runs_of_a_section_are_run_drawn_and_held_against_the_claims(tmp_pa
         warnings.simplefilter("error")
         text = call("claims", *where)
     c1, = (line for line in text.splitlines() if line.split()[:1] == ["C1"])
-    assert "contrast 0.8 − contrast 5" in c1 and "undecided" in c1 and "no records" in text
+    assert "contrast 0.8 − contrast 5" in c1 and "undecided" in c1 and "robustcv run random_erase" in text  # what is missing, and how to make it
+    rows = json.loads(call("claims", *where, "--json"))
+    assert rows[0]["claim"] == "C1" and rows[0]["records"] and {r["claim"] for r in rows} >= {"C1", "C21"}
+    assert call("claims", *where, "--markdown").startswith("| claim |")
+    text = call("scoreboard", *where, "--out", tmp_path / "board.png")
+    assert "color_jitter / contrast 5" in text and "worst" in text and (tmp_path / "board.png").stat().st_size > 1000
     text = call("figures", *where, "--out", tmp_path / "figures")
     assert sorted(text.split("figure: ")[1:]) == sorted(f"{f}\n" for f in (tmp_path / "figures").iterdir())
     assert "color_jitter-smoke-fields.png" in text
@@ -104,6 +147,7 @@ def test_evaluating_on_other_classes_is_refused(tmp_path):
     (("run", "baseline", "--seeds", "0,x"), "seeds=0,x"),
     (("run", "baseline", "--scale", "smoke", "--only", "plane"), "unknown run 'plane': did you mean 'plain'"),
     (("claims",), "no records at scale 'lite'"),
+    (("scoreboard", "--scale", "smoke"), "no records at scale 'smoke'"),
     (("figures", "--scale", "smoke"), "no records at scale 'smoke'"),
     (("data", "synthetic", "x", "--classes", "99"), "classes"),
 ])
@@ -117,7 +161,7 @@ def test_errors_are_one_line_with_the_culprit(args, says, tmp_path, monkeypatch)
 def test_usage_errors_exit_with_2_and_help_shows_an_example():
     call("train", code=2)
     call("run", "baseline", "--sclae", "lite", code=2)
-    for command in ("train", "evaluate", "run", "demo", "figures", "claims", "data get", "data synthetic", "data info"):
+    for command in ("train", "evaluate", "run", "demo", "figures", "claims", "scoreboard", "data get", "data synthetic", "data info"):
         assert "Example:" in call(*command.split(), "--help")
 
 
@@ -126,3 +170,14 @@ def test_as_a_process_debug_shows_the_traceback(tmp_path):
     plain, debug = run("train", "nowhere"), run("--debug", "train", "nowhere")
     assert (plain.returncode, plain.stdout) == (1, "") and plain.stderr.startswith("error: nowhere")
     assert debug.returncode == 1 and "Traceback" in debug.stderr
+
+
+def test_records_of_other_images_are_left_out_with_a_warning(tmp_path, minute, tiny):
+    where = ("--scale", "smoke", "--results", tmp_path / "results", "--folder", tmp_path / "runs")
+    call("run", "baseline", *where, "--data", tiny)
+    call("run", "color_jitter", *where, "--data", photos(tmp_path / "photos"))
+    with pytest.warns(UserWarning, match="of 3 records at scale 'smoke', 2 are of other images than tiny/train"): # the files are read in the order of their names
+        text = call("scoreboard", *where[:4])
+    assert "baseline / plain" in text and "color_jitter" not in text
+    with (tmp_path / "results" / "baseline.jsonl").open("a") as f: f.write('{"schema": 1, "id": "cut')
+    with pytest.warns(UserWarning, match=r"baseline.jsonl:2: unfinished record skipped"): call("claims", *where[:4])

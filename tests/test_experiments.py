@@ -15,10 +15,11 @@ from robustcv import experiments
 from robustcv.core import SCALES, append_record, describe, load_records
 from robustcv.data import load_tiny_imagenet
 from robustcv.evaluation import ORBIT, COLUMNS, Perturbation, standard_perturbations, unpack
-from robustcv.experiments import (Run, baseline, by_name, caption, corruption_table, describe_data, filters, one_setting, orientation_table,
+from robustcv.experiments import (Run, by_name, caption, corruption_table, describe_data, filters, one_setting, orientation_table,
                                   pool, run_section, scale_data, table)
 from robustcv.figures import (draw_figures, draw_models, plot_attacks, plot_corruptions, plot_cost, plot_example, plot_fields, plot_occlusion, plot_orientations,
                               plot_response, plot_runs, plot_selectivity, plot_trade_off, plot_watched)
+from robustcv.grids import baseline
 from robustcv.models import build_model, load_model
 from robustcv.training import Training, cross_entropy
 from robustcv.transforms import RandomHorizontalFlip
@@ -303,7 +304,7 @@ def test_a_run_is_recorded_once_and_then_skipped(go, tmp_path, tiny):
     assert len(calls) == 6 and go(say=said.append) == [record] and len(calls) == 6
     assert load_records(tmp_path/"results"/"tiny.jsonl") == [record] and (tmp_path/"results"/"tiny.jsonl").read_text().count("\n") == 1
     assert said[0].startswith("[1/1] tiny / one run, seed 0, scale smoke: validation") and said[1].endswith("on record") and len(said) == 2
-    assert model_files(tmp_path) == ["best.safetensors", "model.safetensors"] # nothing to resume is left
+    assert model_files(tmp_path) == ["best.safetensors", "history.json", "model.safetensors"] # nothing to resume is left
     metrics = record["metrics"]
     assert record["config"]["run"]["objective"] == "counted" and record["data"]["classes"] == 2 and len(metrics["history"]) == 2
     assert metrics["valid_accuracy"] == metrics["history"][-1]["valid_accuracy"] and table([record]).shape == (1, 9)

@@ -13,13 +13,13 @@ import robustcv
 HERE = Path(robustcv.__file__).parent
 LAYERS = [["core"], ["download"], ["data"], ["synthetic", "transforms", "models"],
           ["color_jitter", "random_erase", "fgsm", "stability", "symmetry", "multi_task", "ensemble"], ["adversarial_training"],
-          ["training"], ["evaluation"], ["experiments"], ["claims", "figures", "benchmarks"], ["__main__"]]
+          ["training"], ["evaluation", "grids"], ["experiments"], ["claims", "benchmarks"], ["figures"], ["__main__"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SECTIONS = {*LAYERS[4], *LAYERS[5]}
 MODULES = sorted(f.stem for f in HERE.glob("*.py") if f.stem not in ("__init__", "_modidx"))
 PACKAGES = {"torch", "torchvision", "numpy", "pandas", "scipy", "matplotlib", "seaborn", "tqdm", "accelerate", "safetensors",
             "typer", "PIL"}
-OPTIONAL = {"timm", "kornia", "albumentations", "cv2", "torchattacks"} # used where they happen to be installed
+OPTIONAL = {"nbconvert", "nbformat", "timm", "kornia", "albumentations", "cv2", "torchattacks"} # used where they happen to be installed
 
 def imports(name):
     "Modules of this package, and top-level packages, that a module imports anywhere."

@@ -1,0 +1,201 @@
+"""Grids over several sections: planned, each training once, ensembles of what is there."""
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from robustcv import experiments
+from robustcv.core import SCALES, append_record, load_records
+from robustcv.data import cache_folder, load_data, load_tiny_imagenet
+from robustcv.ensemble import Ensemble, combine
+from robustcv.evaluation import Perturbation, add_noise, affine_perturbations, evaluate, evaluate_together, unpack
+from robustcv.experiments import Run, box_table, describe_data, plan, run_sections, scale_data, show_plan, trained_model
+from robustcv.grids import DEMO, KEPT, SECTIONS, together
+from robustcv.models import build_model
+from robustcv.multi_task import multi_task_loss
+from robustcv.synthetic import make_synthetic
+from robustcv.training import cross_entropy
+
+MODEL, calls = "shufflenet_v2_x0_5", []
+
+def counted(model, batch, backward):
+    calls.append(1)
+    return cross_entropy(model, batch)
+
+def net(name, **kwargs): return Run("one", name, MODEL, objective=counted, training={"epochs": 1}, **kwargs)
+
+@pytest.fixture
+def go(tiny, tmp_path, monkeypatch):
+    "Run sections `one` and `two` at a minute scale; returns their records."
+    monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], classes=2, train_per_class=6, val_per_class=3, batch_size=4, epochs=1))
+    for section in experiments.EXTRA: monkeypatch.setitem(experiments.EXTRA, section, list)
+    few = [Perturbation("clean", lambda x, y, m: x), Perturbation("noise", lambda x, y, m: add_noise(x, .1), .1, "sd")]
+    monkeypatch.setattr(experiments, "standard_perturbations", lambda: few)
+    calls.clear()
+    def start(one=(), two=(), **kwargs):
+        monkeypatch.setitem(SECTIONS, "one", lambda: list(one)); monkeypatch.setitem(SECTIONS, "two", lambda: list(two))
+        where = dict(data=tiny, results=tmp_path/"results", folder=tmp_path/"runs", device="cpu", say=lambda line: None)
+        return run_sections(["one", "two"], "smoke", **{**where, **kwargs})
+    return start
+
+def planned(tmp_path, tiny, **kwargs):
+    scale = SCALES["smoke"]
+    return plan(["one", "two"], scale, describe_data(*scale_data(scale, tiny)), results=tmp_path/"results", folder=tmp_path/"runs", **kwargs)
+
+def measured(record): return [{k: v for k, v in e.items() if k != "seconds"} for e in record["metrics"]["evaluation"]]
+
+
+# each training once
+
+def test_two_sections_share_a_training(go, tmp_path, tiny):
+    a, b = net("a"), replace(net("b"), section="two")
+    first, second = go([a], [b])
+    assert len(calls) == 3 and (first["section"], second["section"]) == ("one", "two") and first["id"] != second["id"]
+    assert measured(first) == measured(second) and first["metrics"]["history"] == second["metrics"]["history"]
+    assert first["metrics"]["filters"] == second["metrics"]["filters"]
+
+@pytest.mark.parametrize("change", [dict(training={"epochs": 2}), dict(stem="small"), dict(objective=partial(cross_entropy, label_smoothing=0.)), dict(boxes=True, objective=multi_task_loss)])
+def test_another_training_is_not_shared(go, tmp_path, tiny, change):
+    a = replace(net("a"), model="resnet18") if "stem" in change else net("a")
+    go([a]); before = len(calls)
+    records = go([a], [replace(a, section="two", name="b", **change)])
+    assert len(records) == 2 and records[0]["metrics"]["filters"] != records[1]["metrics"]["filters"]
+    assert len(calls) > before or "objective" in change
+
+def test_another_seed_is_another_training(go):
+    go([net("a")], [replace(net("b"), section="two")], seeds=[0, 1])
+    assert len(calls) == 6
+
+def test_a_training_whose_measurement_was_interrupted_is_not_repeated(go, tmp_path, monkeypatch):
+    measure = experiments.evaluate
+    monkeypatch.setattr(experiments, "evaluate", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): go([net("a")])
+    assert load_records(tmp_path/"results") == [] and len(calls) == 3
+    monkeypatch.setattr(experiments, "evaluate", measure)
+    assert len(go([net("a")])) == 1 and len(calls) == 3
+
+def test_a_network_is_found_under_the_name_of_another_section(go, tmp_path, tiny):
+    go([net("a")])
+    SECTIONS["two"] = lambda: [replace(net("b"), section="two")]
+    about = describe_data(*scale_data(SCALES["smoke"], tiny))
+    a, b = (trained_model(s, n, SCALES["smoke"], about, tmp_path/"runs") for s, n in (("one", "a"), ("two", "b")))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# the plan
+
+def test_a_plan_says_what_is_left_and_trains_nothing(go, tmp_path, tiny, monkeypatch):
+    for name, runs in dict(one=[net("a"), net("c", stem="imagenet", transform=None, length=2.)], two=[replace(net("b"), section="two")]).items():
+        monkeypatch.setitem(SECTIONS, name, lambda runs=runs: runs)
+    jobs = planned(tmp_path, tiny)
+    assert [(j.run.name, j.status) for j in jobs] == [("a", "to train"), ("c", "to train"), ("b", "to measure")] and not calls
+    assert all(math.isnan(j.seconds) for j in jobs) and not (tmp_path/"runs").exists()
+    go([net("a")])
+    monkeypatch.setitem(SECTIONS, "one", lambda: [net("a"), net("c", length=2.)]); monkeypatch.setitem(SECTIONS, "two", lambda: [replace(net("b"), section="two")])
+    jobs, record = planned(tmp_path, tiny), load_records(tmp_path/"results")[0]
+    assert [j.status for j in jobs] == ["on record", "to train", "to measure"] and jobs[0].id == record["id"]
+    assert [j.seconds for j in jobs] == [0, record["seconds"], pytest.approx(sum(e["seconds"] for e in record["metrics"]["evaluation"]))]
+    assert show_plan(jobs).columns.tolist() == ["section", "run", "seed", "status", "minutes"] and len(show_plan(jobs)) == 3
+
+def test_expectations_come_from_the_same_run_and_the_same_scale(go, tmp_path, tiny, monkeypatch):
+    record, = go([net("a")])
+    for i, (name, scale, seconds) in enumerate((("c", "smoke", 100.), ("c", "full", 9999.), ("d", "smoke", 300.))):
+        append_record(tmp_path/"results"/"one.jsonl", {**record, "id": f"{i:016}", "name": name, "scale": scale, "seconds": seconds})
+    monkeypatch.setitem(SECTIONS, "one", lambda: [net("c", length=2.), net("new", length=3.)])
+    assert [j.seconds for j in planned(tmp_path, tiny)] == [100., np.median([record["seconds"], 100., 300.])]
+
+def test_progress_tells_what_is_left(go):
+    said = []
+    go([net("a"), net("b", length=2.)], [replace(net("c"), section="two")], say=said.append)
+    assert [s.split(",")[0] for s in said] == ["[1/3] one / a", "[2/3] one / b", "[3/3] two / c"]
+    assert "; about 0 min left" in said[0] and said[2].endswith(" s")
+
+def test_runs_are_chosen_by_name_or_by_section(go):
+    a, b, c = net("a"), net("b", length=2.), replace(net("a"), section="two")
+    assert [(r["section"], r["name"]) for r in go([a, b], [c], names=["a"])] == [("one", "a"), ("two", "a")]
+    assert [(r["section"], r["name"]) for r in go([a, b], [c], names={"one": ("b",)})] == [("one", "b")]
+    for names in (["d"], {"two": ("b",)}):
+        with pytest.raises(ValueError, match="unknown run"): go([a, b], [c], names=names)
+
+def test_the_demo_touches_every_section_by_names_that_exist():
+    assert set(DEMO) == set(SECTIONS) - {"one", "two"}
+    for section, names in DEMO.items(): assert set(names) <= {r.name for r in SECTIONS[section]()}
+
+def test_what_a_demo_run_needs_comes_before_it():
+    ready = set()
+    for section, names in DEMO.items():
+        for r in SECTIONS[section]():
+            if r.name not in names: continue
+            assert {*r.sources, *r.members, *([r.start] if r.start else [])} <= ready, r.name
+            ready.add((section, r.name))
+
+
+# ensembles
+
+def test_groups_measured_together_are_what_each_ensemble_says_alone(tiny):
+    images = load_tiny_imagenet(tiny, "val")
+    torch.manual_seed(0); members = {n: build_model(MODEL, 4).eval() for n in "abc"}
+    groups = {"all": "abc", "two": "ab", "a": "a"}
+    perturbations = [Perturbation("clean", lambda x, y, m: x), Perturbation("noise", lambda x, y, m: add_noise(x, .1), .1)]
+    tables = evaluate_together(members, groups, images, perturbations, batch_size=5, precision="fp32", seed=3)
+    for g, names in groups.items():
+        alone = evaluate(Ensemble({n: members[n] for n in names}), images, perturbations, batch_size=5, precision="fp32", seed=3)
+        assert [p.tolist() for p in tables[g].predicted] == [p.tolist() for p in alone.predicted]
+        assert tables[g].drop(columns=["seconds", "hits", "predicted"]).equals(alone.drop(columns=["seconds", "hits", "predicted"]))
+
+def test_an_ensemble_of_what_runs_left_is_measured_and_recorded(go, monkeypatch, tmp_path, tiny):
+    a, b = net("a"), net("b", length=2.)
+    groups = {"ensemble": ("a", "b"), "A": ("a",), "B": ("b",)}
+    pooled = [Run("two", g, members=tuple(("one", n) for n in ns)) for g, ns in groups.items()]
+    records = {r["name"]: r for r in go([a, b], pooled)}
+    assert list(records) == ["a", "b", "ensemble", "A", "B"] and len(calls) == 3 + 6
+    rows = {n: unpack(r["metrics"]["evaluation"]) for n, r in records.items()}
+    for alone, n in (("A", "a"), ("B", "b")): # a member alone is what its own section measured
+        for i in range(2): assert rows[alone].hits[i].tolist() == rows[n].hits[i].tolist()
+        assert records[alone]["metrics"]["valid_accuracy"] == records[n]["metrics"]["valid_accuracy"]
+    m = records["ensemble"]["metrics"]
+    assert {"random signs", "FGSM"} <= set(rows["ensemble"].perturbation) and m["history"] == [] and 0 <= m["train_accuracy"] <= 100
+    assert m["disagreement"]["A"]["B"] == m["disagreement"]["B"]["A"] and m["disagreement"]["A"]["A"] == 0 and records["A"]["metrics"]["disagreement"] == {}
+    assert m["calibration"].keys() == {"temperature", "before", "after"}
+    about = describe_data(*scale_data(SCALES["smoke"], tiny))
+    members = [trained_model("one", n, SCALES["smoke"], about, tmp_path/"runs") for n in "ab"]
+    valid = scale_data(SCALES["smoke"], tiny)[1]
+    with torch.no_grad(): said = combine([f(valid.images/255) for f in members]).argmax(1)
+    assert rows["ensemble"].correct[0] == int((said == valid.labels).sum())
+    assert all(json.loads(json.dumps(r, allow_nan=False)) for r in records.values())
+    before = len(calls); again = go([a, b], pooled)
+    assert len(calls) == before and [r["id"] for r in again] == [r["id"] for r in records.values()]
+
+def test_an_ensemble_needs_its_members(go):
+    with pytest.raises(FileNotFoundError, match="train it first: `robustcv run one --only 'a' --scale smoke`"):
+        go([net("a")], [Run("two", "ensemble", members=(("one", "a"),))], names={"two": ("ensemble",)})
+
+def test_the_articles_ensemble_is_measured_with_each_member_and_without_it():
+    runs = {r.name: r.members for r in together()}
+    assert set(runs["ensemble"]) == set(KEPT.values()) and all(runs[n] == (m,) for n, m in KEPT.items())
+    assert all(set(runs[f"without {n}"]) == set(KEPT.values()) - {m} for n, m in KEPT.items()) and len(runs) == 1 + 2*len(KEPT)
+    for section, name in KEPT.values(): assert name in {r.name for r in SECTIONS[section]()}
+
+
+# boxes
+
+def test_boxes_are_learnt_and_measured(go, monkeypatch):
+    monkeypatch.setitem(experiments.EXTRA, "one", affine_perturbations)
+    monkeypatch.setitem(experiments.MEASURED, "one", experiments.MEASURED["multi_task"])
+    drawn = make_synthetic(cache_folder()/"drawn", 6, 3, classes=2, size=32)
+    monkeypatch.setattr(experiments, "drawn_images", lambda scale, seed: load_data(drawn))
+    plain, both = net("baseline"), replace(net("multi-task"), objective=multi_task_loss, boxes=True)
+    spoiled = replace(both, name="boxes shuffled 1", degraded=("shuffled", 1.))
+    records = {r["name"]: r for r in go([plain, both, spoiled])}
+    rows = {n: unpack(r["metrics"]["evaluation"]).perturbation.tolist() for n, r in records.items()}
+    assert "box" in rows["multi-task"] and "box" not in rows["baseline"] and all(any(p.startswith("linear probe") for p in r) for r in rows.values())
+    assert "boxes" not in records["baseline"]["metrics"] and records["multi-task"]["metrics"]["boxes"] == records["boxes shuffled 1"]["metrics"]["boxes"]
+    assert records["multi-task"]["metrics"]["boxes"]["n"] == 12 and 0 <= records["multi-task"]["metrics"]["mean_iou"] <= 100
+    assert records["multi-task"]["metrics"]["filters"] != records["boxes shuffled 1"]["metrics"]["filters"]
+    t = box_table(list(records.values())).set_index("model")
+    assert t.loc["baseline", "mean IoU"] == "" and float(t.loc["multi-task", "gap"]) == pytest.approx(
+        records["multi-task"]["metrics"]["train_accuracy"] - records["multi-task"]["metrics"]["valid_accuracy"], abs=.06)
