@@ -19,9 +19,10 @@ from .data import load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, unpack
 from .experiments import caption, describe_data, markdown, plan, run_sections, scale_data, show_plan, table
-from .figures import draw_figures, draw_models, draw_summary, plot_scoreboard, scoreboard
+from .figures import draw_figures, draw_models, draw_summary
 from .grids import DEMO, SECTIONS
 from .models import build_model, load_model, save_model
+from .scoreboard import plot_scoreboard, scoreboard
 from .synthetic import make_synthetic
 from .training import Training, fit
 from .transforms import Compose, RandomCrop, RandomHorizontalFlip

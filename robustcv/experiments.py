@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXTRA', 'ATTACKED', 'QUICK', 'CERTIFIED', 'MEASURED', 'drawn_images', 'scale_data', 'describe_data', 'train_run',
            'trained_model', 'Job', 'plan', 'show_plan', 'run_sections', 'run_section', 'measure_members', 'one_setting',
-           'table', 'caption', 'markdown', 'pool', 'corruption_table', 'orientation_table', 'box_table', 'by_name',
-           'filters']
+           'table', 'caption', 'markdown', 'pool', 'corruption_table', 'orientation_table', 'box_table', 'member_table',
+           'by_name', 'filters']
 
 # %% ../nbs/20_experiments.ipynb #d54e4f4a
 import base64, json, math, time
@@ -370,6 +370,20 @@ def box_table(records:list, # of the section `multi_task`
     return pd.DataFrame(rows)
 
 def _mean(accuracy, start): return np.mean([v for (p, _), v in accuracy.items() if p.startswith(start)])
+
+def member_table(records:list, # of the section `ensemble`
+                ) -> pd.DataFrame: # a row a member: clean and mean accuracy alone, mean accuracy of the others without it, what it contributes
+    "What each member is worth: the mean over all perturbations measured on all images, in %, and the contribution in points with its 95 % interval over images."
+    runs = {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}
+    if "ensemble" not in runs: raise ValueError(f"the run 'ensemble' is not on record; there are {', '.join(runs)}")
+    each = {n: np.mean(np.stack(t.hits[t.n == t.n.iloc[0]].to_list()).astype(float), 0) for n, t in runs.items()} # over perturbations, an image an entry
+    rows = []
+    for n in [n for n in runs if f"without {n}" in runs]:
+        gain = 100*(each["ensemble"] - each[f"without {n}"])
+        rows.append({"member": n, "clean": round(runs[n].accuracy.iloc[0], 1), "mean": round(100*each[n].mean(), 1), "others without it": round(100*each[f"without {n}"].mean(), 1),
+                     "contributes": f"{gain.mean():+.1f} ± {norm.ppf(.975)*gain.std(ddof=1)/len(gain)**.5:.1f}"})
+    whole = {"member": "all together", "clean": round(runs["ensemble"].accuracy.iloc[0], 1), "mean": round(100*each["ensemble"].mean(), 1), "others without it": "", "contributes": ""}
+    return pd.DataFrame([*rows, whole])
 
 def by_name(records:list) -> dict:
     "Records grouped by the name of their run."

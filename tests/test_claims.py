@@ -317,6 +317,10 @@ def test_the_deciding_comparison_has_the_verdict_and_is_the_extreme_one(drawn):
     measure = stays_out if said == "contradicted" else sticks_out
     assert d.verdict == said and measure(d) == max(measure(o) for o in found if o.verdict == said)
 
+def test_an_interval_without_width_at_the_edge_of_its_region_does_not_decide_against_it():
+    edge, out = difference(0, 0, MORE), difference(-2, 0, MORE)
+    assert (edge.verdict, out.verdict) == ("reproduced", "contradicted") and deciding([edge, out]) is out
+
 def test_a_wide_interval_does_not_decide_a_claim_that_is_contradicted():
     wide, out, far, inside = difference(-90, 90, MORE), difference(-2, -1, MORE), difference(-7, -5, MORE), difference(1, 2, MORE)
     assert deciding([inside, wide, out, far]) is far and deciding([inside, wide]) is wide and deciding([difference(3, 4, MORE), inside]) is inside

@@ -15,12 +15,13 @@ from robustcv import experiments
 from robustcv.core import SCALES, append_record, describe, load_records
 from robustcv.data import load_tiny_imagenet
 from robustcv.evaluation import ORBIT, COLUMNS, Perturbation, standard_perturbations, unpack
-from robustcv.experiments import (Run, by_name, caption, corruption_table, describe_data, filters, one_setting, orientation_table,
+from robustcv.experiments import (Run, by_name, caption, corruption_table, member_table, describe_data, filters, one_setting, orientation_table,
                                   pool, run_section, scale_data, table)
-from robustcv.figures import (draw_figures, draw_models, plot_attacks, plot_corruptions, plot_cost, plot_example, plot_fields, plot_occlusion, plot_orientations,
+from robustcv.figures import (draw_figures, draw_models, plot_attacks, plot_corruptions, plot_cost, plot_degraded, plot_example, plot_fields, plot_occlusion, plot_orientations,
                               plot_response, plot_runs, plot_selectivity, plot_trade_off, plot_watched)
 from robustcv.grids import baseline
 from robustcv.models import build_model, load_model
+from robustcv.multi_task import multi_task_loss
 from robustcv.training import Training, cross_entropy
 from robustcv.transforms import RandomHorizontalFlip
 
@@ -361,12 +362,25 @@ def test_a_run_is_measured_on_examples_of_its_source_which_must_be_there(go, tmp
     assert {"random signs", "FGSM", "PGD-20", "strong attacks"} <= own and more - own == {"FGSM from source"}
 
 def test_pictures_of_models_are_drawn_from_what_a_run_left(go, tmp_path, monkeypatch, tiny):
-    go(Run("tiny", "net", MODEL, training={"epochs": 1}))
+    go(Run("tiny", "net", MODEL, training={"epochs": 1}), Run("tiny", "boxes", MODEL, objective=multi_task_loss, boxes=True, training={"epochs": 1}))
     left = experiments.trained_model
-    monkeypatch.setattr("robustcv.figures.trained_model", lambda section, name, **more: left("tiny", "net", **more))
+    monkeypatch.setattr("robustcv.figures.trained_model", lambda section, name, **more: left("tiny", "boxes" if section == "multi_task" else "net", **more))
     monkeypatch.setattr("robustcv.figures.plot_response", lambda models, images: plot_response(models, images[:2], list(models["all"].stages)[-2], (0, 90)))
     files = draw_models(SCALES["smoke"], tiny, tmp_path/"runs", tmp_path/"figures")
-    assert files == [tmp_path/"figures"/f"{n}.png" for n in ("fgsm-smoke-example", "symmetry-smoke-response")] and all(f.stat().st_size > 1000 for f in files)
+    names = ("fgsm-smoke-example", "symmetry-smoke-response", "multi_task-smoke-boxes", "multi_task-smoke-worst")
+    assert files == [tmp_path/"figures"/f"{n}.png" for n in names] and all(f.stat().st_size > 1000 for f in files)
+
+def test_pictures_whose_networks_are_not_there_are_left_out_with_a_warning(tmp_path, tiny):
+    with pytest.warns(UserWarning, match="fgsm-smoke-example is left out: .*train it first: `robustcv run fgsm --only 'ResNet-18'"):
+        files = draw_models(SCALES["smoke"], tiny, tmp_path/"runs", tmp_path/"figures")
+    assert files == [tmp_path/"figures"/"multi_task-smoke-worst.png"] == list((tmp_path/"figures").iterdir())
+
+def test_accuracy_and_gap_are_drawn_by_the_quality_of_the_boxes():
+    records = [record(n, hits=few(k), training=10.*k + 20, section="multi_task") for n, k in {"baseline": 5, "multi-task": 6, "β = 10": 1, "boxes whole 1": 4}.items()]
+    left, right = plot_degraded(records)
+    assert [t.get_text() for t in left.get_yticklabels()] == ["no boxes", "boxes as given", "boxes whole 1"] and left.yaxis_inverted()
+    assert [float(p.get_xdata()[0]) for p, _, _ in points(left)] == pytest.approx([50, 60, 40])
+    assert [line.get_xdata()[0] for line in right.lines if line.get_marker() == "o"] == pytest.approx([20, 20, 20])
 
 def test_replays_take_the_place_of_epochs():
     run = Run("s", "free", training=dict(replays=4))
@@ -409,3 +423,15 @@ def test_a_run_that_keeps_its_best_weights_records_their_accuracy(tmp_path, tiny
     train, valid = scale_data(scale, tiny)
     metrics = experiments.train_run(run, scale, train, valid, 0, torch.device("cpu"), tmp_path)
     assert metrics["valid_accuracy"] == max(h["valid_accuracy"] for h in metrics["history"])
+
+
+def test_what_a_member_is_worth_is_what_is_lost_without_it():
+    def at(name, clean, noise): return record(name, hits=few(clean), under={("blur", 1.): few(noise), ("FGSM", .1): [1, 0]}, noise=few(5), section="ensemble")
+    records = [at("ensemble", 8, 6), at("A", 6, 4), at("B", 5, 5), at("without A", 5, 5), at("without B", 6, 4)]
+    t = member_table(records).set_index("member") # noise at 0.15 is 5 of 10 for all; what was measured on fewer images does not count
+    assert t["mean"].tolist() == pytest.approx([50, 50, 63.3], abs=.05) and t["clean"].tolist() == [60, 50, 80]
+    assert [c.split(" ± ")[0] for c in t.contributes] == ["+13.3", "+13.3", ""] and t["others without it"].tolist() == [50, 50, ""]
+    gain = np.array([0]*5 + [2/3] + [1/3]*2 + [0]*2) # images 6 to 8 are gained, the first of them twice
+    half = norm.ppf(.975)*gain.std(ddof=1)/10**.5
+    assert float(t.contributes.iloc[0].split(" ± ")[1]) == pytest.approx(100*half, abs=.06)
+    with pytest.raises(ValueError, match="the run 'ensemble' is not on record; there are A"): member_table(records[1:2])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from robustcv.evaluation import standard_perturbations
-from robustcv.figures import FAMILIES, REPEATED, draw_figures, draw_summary, plot_scoreboard, scoreboard
+from robustcv.figures import draw_figures, draw_summary
+from robustcv.scoreboard import FAMILIES, REPEATED, plot_scoreboard, scoreboard
 
 STANDARD = {(p.name, None if math.isnan(p.strength) else p.strength): 10*k for k, p in enumerate(standard_perturbations())} # percent right, in steps
 SIZES = {"clean": 1, "orientation": 5, "noise": 5, "blur": 3, "occlusion": 3, "brightness": 2, "contrast": 2, "saturation": 2, "hue": 2}
@@ -58,6 +59,7 @@ def test_further_families_are_means_of_what_was_measured_and_no_part_of_mean_and
     assert list(t) == [*SIZES, "JPEG", "corruptions", "affine", "FGSM, transferred", "FGSM", "PGD-20", "strong attacks", "mean", "worst"]
     assert t.iloc[0][list(t)[9:]].tolist() == pytest.approx([15, 2.5, 8, 25, 6, 5, 3, 50, 50])
     assert t.iloc[1].isna().tolist() == [False]*9 + [True]*7 + [False]*2
+    assert scoreboard([made("all", under=more(also=also))]).iloc[0][["mean", "worst"]].tolist() == [50, 50], "even where every run has them"
 
 def test_a_run_without_a_standard_perturbation_is_blank_there_and_the_family_counts_for_no_run():
     partial = more(); del partial["blur", 2.]
