@@ -96,7 +96,7 @@ class Scale:
 
 SCALES = {s.name: s for s in (
     Scale("smoke", 4, 40, 20, 2, 16, 0.02, (0,)),
-    Scale("demo", 10, 80, 15, 5, 32, 0.05, (0,)),
+    Scale("demo", 6, 130, 25, 5, 32, 0.05, (0,)),
     Scale("lite", 20, 300, 50, 15, 64, 0.1, (0, 1, 2)),
     Scale("full", None, None, None, 30, 128, 0.1, (0, 1, 2)))}
 
