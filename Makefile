@@ -10,7 +10,7 @@ OUT ?= demo
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo   train, perturb, measure, draw        SCALE=$(SCALE) DATA=folder OUT=$(OUT)"
+	@echo "make demo   every section in short, and a report  SCALE=$(SCALE) DATA=folder OUT=$(OUT)"
 	@echo "make test   notebooks, tests, and what must be current"
 	@echo "make lab    JupyterLab on nbs/"
 	@echo "make bench  speed beside peers                   DATA=folder"
@@ -32,7 +32,7 @@ $(VENV)/.installed-dev: settings.ini setup.py pyproject.toml
 	$(call install,[dev])
 	@touch $(VENV)/.installed
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-dev # the report is an executed notebook
 	$(BIN)/robustcv demo --scale $(SCALE) --out $(OUT) $(if $(DATA),--data "$(DATA)")
 
 test: check
