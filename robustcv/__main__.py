@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'command', 'get', 'synthetic', 'info', 'train', 'evaluate_model', 'run', 'demo', 'write_report',
-           'figures', 'claims', 'show_scoreboard', 'main']
+           'figures', 'claims', 'show_scoreboard', 'record', 'main']
 
 # %% ../nbs/40_command_line.ipynb #333437cf
 import functools, json, os, sys, warnings
@@ -256,6 +256,18 @@ def show_scoreboard(scale:str=typer.Option("lite", help=f"One of: {', '.join(SCA
         set_style()
         with atomic_path(out) as part: plot_scoreboard(board).figure.savefig(part, format="png")
         print(f"figure: {out}")
+
+# %% ../nbs/40_command_line.ipynb #38770763
+@command(app)
+def record(id:str=typer.Argument(..., help="The beginning of a record's id, as the ledger gives it."),
+           results:Path=typer.Option("results", help="Folder of the records.")):
+    "Show one record: what was run, on what, where, and what was measured.\n\nExample: `robustcv record 717481`"
+    found = [r for r in load_records(results) if r["id"].startswith(id)]
+    if len(found) != 1: raise ValueError(f"id={id}: {len(found)} records in {results} begin so; give {'more of the id' if found else 'an id from `robustcv claims --json`'}")
+    r, measured = found[0], found[0]["metrics"]
+    print(json.dumps({k: v for k, v in r.items() if k != "metrics"}, indent=1, ensure_ascii=False))
+    print(json.dumps({k: v for k, v in measured.items() if k not in ("history", "evaluation", "filters")}, ensure_ascii=False))
+    _show(unpack(measured["evaluation"])[COLUMNS[:8]])
 
 # %% ../nbs/40_command_line.ipynb #bd6ed47d
 def main():

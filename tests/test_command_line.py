@@ -124,6 +124,10 @@ def test_some_runs_of_a_section_are_run_drawn_and_held_against_the_claims(tmp_pa
     rows = json.loads(call("claims", *where, "--json"))
     assert rows[0]["claim"] == "C1" and rows[0]["records"] and {r["claim"] for r in rows} >= {"C1", "C21"}
     assert call("claims", *where, "--markdown").startswith("| claim |")
+    shown = call("record", rows[0]["records"].split()[0], "--results", results)
+    assert '"name": "contrast 5"' in shown or '"name": "contrast 0.8"' in shown
+    assert '"fingerprint"' in shown and "rotation" in shown and "hits" not in shown
+    assert "4 records in" in call("record", "", "--results", results, code=1) and "give an id from" in call("record", "zz", "--results", results, code=1)
     text = call("scoreboard", *where, "--out", tmp_path / "board.png")
     assert "color_jitter / contrast 5" in text and "worst" in text and (tmp_path / "board.png").stat().st_size > 1000
     text = call("figures", *where, "--out", tmp_path / "figures")
@@ -161,7 +165,7 @@ def test_errors_are_one_line_with_the_culprit(args, says, tmp_path, monkeypatch)
 def test_usage_errors_exit_with_2_and_help_shows_an_example():
     call("train", code=2)
     call("run", "baseline", "--sclae", "lite", code=2)
-    for command in ("train", "evaluate", "run", "demo", "figures", "claims", "scoreboard", "data get", "data synthetic", "data info"):
+    for command in ("train", "evaluate", "run", "demo", "figures", "claims", "scoreboard", "record", "data get", "data synthetic", "data info"):
         assert "Example:" in call(*command.split(), "--help")
 
 
