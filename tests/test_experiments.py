@@ -352,12 +352,14 @@ def test_runs_can_be_chosen_by_name(go, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="unknown run 'd'.*valid: a, b, c"): go(*runs, names=names)
     assert go(*runs, names=[]) == [] and len(load_records(tmp_path/"results")) == 2
 
-def test_a_run_is_measured_on_examples_of_its_source_which_must_be_there(go, tmp_path, monkeypatch, tiny):
+def test_a_run_is_measured_on_examples_of_its_source_which_is_trained_if_need_be(go, tmp_path, monkeypatch, tiny):
     monkeypatch.setattr(experiments, "ATTACKED", ("tiny",))
-    source, target = (Run("tiny", n, MODEL, training={"epochs": 1}, sources=s) for n, s in (("source", ()), ("target", (("tiny", "source"),))))
-    with pytest.raises(FileNotFoundError, match="train it first: `robustcv run tiny --only 'source' --scale smoke`"): go(source, target, names=["target"])
-    assert load_records(tmp_path/"results") == []
-    alone, lent = go(source, target)
+    source, target = (Run("tiny", n, MODEL, training={"epochs": e}, sources=s) for n, e, s in (("source", 1, ()), ("target", 2, (("tiny", "source"),))))
+    said = []
+    first, = go(source, target, names=["target"], say=said.append)
+    assert "tiny / source, seed 0: its network is needed, and trained first" in said and [r["name"] for r in load_records(tmp_path/"results")] == ["target"]
+    lent, alone = go(source, target) # in the order in which they were recorded
+    assert lent == first
     own, more = ({e["perturbation"] for e in r["metrics"]["evaluation"]} for r in (alone, lent))
     assert {"random signs", "FGSM", "PGD-20", "strong attacks"} <= own and more - own == {"FGSM from source"}
 
@@ -371,7 +373,7 @@ def test_pictures_of_models_are_drawn_from_what_a_run_left(go, tmp_path, monkeyp
     assert files == [tmp_path/"figures"/f"{n}.png" for n in names] and all(f.stat().st_size > 1000 for f in files)
 
 def test_pictures_whose_networks_are_not_there_are_left_out_with_a_warning(tmp_path, tiny):
-    with pytest.warns(UserWarning, match="fgsm-smoke-example is left out: .*train it first: `robustcv run fgsm --only 'ResNet-18'"):
+    with pytest.warns(UserWarning, match="fgsm-smoke-example is left out: .*is not there; `robustcv run fgsm --only 'ResNet-18'"):
         files = draw_models(SCALES["smoke"], tiny, tmp_path/"runs", tmp_path/"figures")
     assert files == [tmp_path/"figures"/"multi_task-smoke-worst.png"] == list((tmp_path/"figures").iterdir())
 
@@ -421,7 +423,7 @@ def test_a_run_that_keeps_its_best_weights_records_their_accuracy(tmp_path, tiny
     scale = replace(SCALES["smoke"], classes=None, train_per_class=None, val_per_class=None, epochs=4, batch_size=8, lr=0.05)
     run = Run("s", "n", model=MODEL, training=dict(keep="best", precision="fp32"))
     train, valid = scale_data(scale, tiny)
-    metrics = experiments.train_run(run, scale, train, valid, 0, torch.device("cpu"), tmp_path)
+    metrics = experiments.train_run(run, 0, experiments.Setting(scale, train, valid, torch.device("cpu"), tmp_path))
     assert metrics["valid_accuracy"] == max(h["valid_accuracy"] for h in metrics["history"])
 
 

@@ -1,6 +1,7 @@
 """Grids over several sections: planned, each training once, ensembles of what is there."""
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -97,7 +98,9 @@ def test_a_plan_says_what_is_left_and_trains_nothing(go, tmp_path, tiny, monkeyp
     go([net("a")])
     monkeypatch.setitem(SECTIONS, "one", lambda: [net("a"), net("c", length=2.)]); monkeypatch.setitem(SECTIONS, "two", lambda: [replace(net("b"), section="two")])
     jobs, record = planned(tmp_path, tiny), load_records(tmp_path/"results")[0]
-    assert [j.status for j in jobs] == ["on record", "to train", "to measure"] and jobs[0].id == record["id"]
+    assert [j.status for j in jobs] == ["on record", "to train", "to measure"] and jobs[0].id == record["id"] # the network of a is there
+    shutil.rmtree(tmp_path/"runs")
+    assert [j.status for j in planned(tmp_path, tiny)] == ["on record", "to train", "to train"] # a record alone is no network
     assert [j.seconds for j in jobs] == [0, record["seconds"], pytest.approx(sum(e["seconds"] for e in record["metrics"]["evaluation"]))]
     assert show_plan(jobs).columns.tolist() == ["section", "run", "seed", "status", "minutes"] and len(show_plan(jobs)) == 3
 
@@ -170,9 +173,19 @@ def test_an_ensemble_of_what_runs_left_is_measured_and_recorded(go, monkeypatch,
     before = len(calls); again = go([a, b], pooled)
     assert len(calls) == before and [r["id"] for r in again] == [r["id"] for r in records.values()]
 
-def test_an_ensemble_needs_its_members(go):
-    with pytest.raises(FileNotFoundError, match="train it first: `robustcv run one --only 'a' --scale smoke`"):
-        go([net("a")], [Run("two", "ensemble", members=(("one", "a"),))], names={"two": ("ensemble",)})
+def test_members_that_are_not_there_are_trained_without_a_record(go, tmp_path):
+    said, pooled = [], Run("two", "ensemble", members=(("one", "a"), ("one", "b")))
+    one, = go([net("a"), net("b", length=2.)], [pooled], names={"two": ("ensemble",)}, say=said.append)
+    assert sum("its network is needed, and trained first" in s for s in said) == 2 and len(calls) == 3 + 6
+    assert [r["name"] for r in load_records(tmp_path/"results")] == ["ensemble"] and one["metrics"]["disagreement"] == {}
+
+def test_a_network_to_start_from_is_trained_first_and_not_twice(go):
+    first = net("first")
+    on = replace(net("on"), start=("one", "first"), first="head", objective=cross_entropy)
+    records = go([first, on], names=["on"])
+    assert [r["name"] for r in records] == ["on"] and len(calls) == 3
+    assert [r["name"] for r in go([first, on])] == ["on", "first"] and len(calls) == 3
+    assert records[0]["metrics"]["filters"] == go([first, on])[1]["metrics"]["filters"], "all but the head is that of the first"
 
 def test_the_articles_ensemble_is_measured_with_each_member_and_without_it():
     runs = {r.name: r.members for r in together()}
