@@ -231,7 +231,7 @@ def fit_from(model:Classifier, # trained in place, from a stage on
              config:Training=Training(), # how long and how fast
              seed:int=0, # of order and orientations
              device=None, # None: the best there is
-             folder=None, # see `fit`; used only where the features do not fit
+             folder=None, # see `fit`; with cached features, written to at most twice a minute
              most:float=4., # gigabytes that the features may take; beyond, they are computed anew for every batch
              pooled:bool=False, # train the average over all orientations, see `Symmetrized`, in place of one at random
             ) -> pd.DataFrame: # as `fit` returns it
@@ -246,8 +246,13 @@ def fit_from(model:Classifier, # trained in place, from a stage on
         print(f"from {first} on: features of {len(train):,} images in 8 orientations would take {size:.1f} GB, more than {most:g}: computed anew for every batch", flush=True)
         return fit(symmetrize(model) if pooled else model, train, turned(valid), transform=None if pooled else RandomSymmetry(), config=config, seed=seed, device=device, folder=folder)
     run = _cache(model, first, train, valid, config, seed, device, pooled)
-    checkpoint = Checkpoint(None, model, run.optimizer, run.schedule, "")
-    for epoch in range(config.epochs): checkpoint.save(run.epoch(epoch), main=True)
+    what = f"features before {first}{', pooled' if pooled else ''}"
+    checkpoint = Checkpoint(folder, model, run.optimizer, run.schedule, folder and _signature(model, train, valid, cross_entropy, what, config, seed))
+    done, written = checkpoint.load(), time.perf_counter()
+    for epoch in range(done, config.epochs):
+        row, due = run.epoch(epoch), time.perf_counter() - written > 30 # an epoch may take less than its checkpoint
+        checkpoint.save(row, main=due)
+        if due: written = time.perf_counter()
     if config.keep == "best": model.load_state_dict(checkpoint.best)
     model.eval()
     return pd.DataFrame(checkpoint.history)

@@ -16,7 +16,7 @@ from robustcv.models import build_model
 from robustcv.symmetry import (ELEMENTS, RandomSymmetry, _by_element, _by_pixel, apply_symmetry, compose, inverse, orbit_features,
                                rotation_response, selectivity, split_at, symmetrize, turned)
 from robustcv.synthetic import make_synthetic
-from robustcv.training import Training, accuracy, fit, fit_from
+from robustcv.training import Training, _Cached, accuracy, fit, fit_from
 
 everything = pytest.mark.parametrize("element", range(8), ids=ELEMENTS)
 
@@ -170,6 +170,24 @@ def test_the_best_weights_can_be_kept(sets):
     h = fit_from(model, "head", *sets, Training(4, 12, lr=.5, keep="best", precision="fp32"), device="cpu")
     best = float(accuracy(model, Batches(turned(sets[1]), 32), "fp32")[0])*100/len(sets[1])
     assert best == pytest.approx(h.valid_accuracy.max()) and not model.training
+
+def test_interrupted_training_on_features_is_continued_from_the_last_checkpoint(sets, tmp_path, monkeypatch):
+    clock, train = itertools.count(0, 31.), lambda **kwargs: fit_from(model := fresh(), "layer4", *sets, Training(4, 12, lr=.02, precision="fp32"), device="cpu", **kwargs) is not None and model
+    monkeypatch.setattr("robustcv.training.time.perf_counter", lambda: next(clock)) # every epoch takes longer than checkpoints are apart
+    whole, epoch, seen = train(), _Cached.epoch, []
+    def stopped(self, n):
+        seen.append(n)
+        if seen == [0, 1, 2]: raise KeyboardInterrupt
+        return epoch(self, n)
+    monkeypatch.setattr(_Cached, "epoch", stopped)
+    with pytest.raises(KeyboardInterrupt): train(folder=tmp_path)
+    again = train(folder=tmp_path)
+    assert seen == [0, 1, 2, 2, 3]
+    for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True): torch.testing.assert_close(a, b, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="other settings or data"): fit_from(fresh(), "layer4", *sets, Training(4, 12, lr=.03), device="cpu", folder=tmp_path)
+    clock = itertools.count(0, .01) # epochs that take hardly any time write nothing
+    train(folder=tmp_path/"quick")
+    assert not (tmp_path/"quick").exists()
 
 def test_features_of_every_orientation_are_those_of_the_turned_images(sets):
     before, _ = split_at(fresh().eval(), "layer2")
