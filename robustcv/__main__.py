@@ -202,6 +202,7 @@ def write_report(path, # HTML file to write
     before = {k: os.environ.get(k) for k in env}
     os.environ.update(env)
     try: nbconvert.preprocessors.ExecutePreprocessor(timeout=600).preprocess(nb, {"metadata": {"path": str(notebook.parent)}})
+    except Exception as e: return f"none: {notebook.name} cannot be executed on {results} ({(str(e).strip() or repr(e)).splitlines()[-1][:200]})" # whatever a kernel or a cell may raise
     finally:
         for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
     page, _ = nbconvert.HTMLExporter(exclude_input=True).from_notebook_node(nb)

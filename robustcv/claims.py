@@ -9,7 +9,7 @@ __all__ = ['CLEAN', 'DERIVED', 'MORE', 'LESS', 'CROP_FLIP', 'OTHERS', 'OWN', 'CO
            'ledger', 'summary', 'summary_table', 'deciding', 'plot_claims']
 
 # %% ../nbs/21_claims.ipynb #847e28b9
-import math
+import json, math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from scipy.stats import norm, t as student
 
 from .core import generator
-from .evaluation import ORBIT, compare, unpack, wilson
+from .evaluation import ADAPTIVE, ORBIT, compare, unpack, wilson
 from .experiments import by_name, filters, one_setting
 from .grids import KEPT
 from .symmetry import selectivity
@@ -62,19 +62,26 @@ def _shares(records, where):
     return np.mean(right, 0)
 
 def _common(records):
-    "The perturbations that all of the records have, on as many images as the clean ones."
+    "The perturbations that all of the records have, on as many images as the clean ones, and that do not look at the network."
     sizes = [{(e["perturbation"], e["strength"]): e["n"] for e in r["metrics"]["evaluation"]} for r in records]
-    return tuple(p for p in sizes[0] if p[0].split(":")[0] not in DERIVED and all(s.get(p) == s[CLEAN] for s in sizes))
+    return tuple(p for p in sizes[0] if p[0].split(":")[0] not in DERIVED + ADAPTIVE and all(s.get(p) == s.get(CLEAN) for s in sizes))
 
 # %% ../nbs/21_claims.ipynb #52958ebd
+def _trained(record):
+    "What the network of a record was trained like, whichever section measured it; empty for one network measured as an ensemble."
+    run = record["config"].get("run", {}) if "config" in record else {}
+    if len(run.get("members", ())) == 1: return ""
+    what = {k: v for k, v in run.items() if v and k not in ("section", "name", "sources", "watch")}
+    return json.dumps([what or [record["section"], record["name"]], record.get("config", {}).get("training")], sort_keys=True)
+
 def spread(records:list, # of any runs
            measure=_accuracy, # record -> a number; None: it has none
           ) -> tuple[float, int]: # standard deviation over seeds, degrees of freedom (0: unknown)
-    "How much a number varies from seed to seed, pooled over the runs that have several."
+    "How much a number varies from seed to seed, pooled over the networks that have several; one that several sections measure counts once."
     groups = {}
     for r in records:
-        if (value := measure(r)) is not None: groups.setdefault((r["section"], r["name"]), []).append(value)
-    groups = [g for g in groups.values() if len(g) > 1]
+        if (what := _trained(r)) and (value := measure(r)) is not None: groups.setdefault(what, {}).setdefault(r["seed"], value)
+    groups = [list(g.values()) for g in groups.values() if len(g) > 1]
     df = sum(len(g) - 1 for g in groups)
     return (math.sqrt(sum(np.var(g, ddof=1)*(len(g) - 1) for g in groups)/df) if df else 0.), df
 
@@ -85,7 +92,7 @@ def seed_spread(records:list, # of any runs
     "`spread` of the accuracy under a perturbation; where too few seeds are on record, that of all perturbations."
     own = spread(records, lambda r: _accuracy(r, perturbation))
     if own[1] >= enough: return own
-    by = {id(r): {(e["perturbation"], e["strength"]): 100*e["correct"]/e["n"] for e in r["metrics"]["evaluation"]} for r in records}
+    by = {id(r): {p: _accuracy(r, p) for p in _common([r])} for r in records}
     each = [spread(records, lambda r, p=p: by[id(r)].get(p)) for p in set().union(*by.values())]
     return math.sqrt(sum(s**2*df for s, df in each)/max(1, sum(df for _, df in each))), max((df for _, df in each), default=0)
 
@@ -207,7 +214,9 @@ def _gap_of(record): return None if _train(record) is None or _accuracy(record) 
 def _training(before, after, confidence, seeds):
     "As `paired`, for the accuracy on the training images that `fit` looks at: as many as there are validation images."
     a, b = (np.mean([_train(r) for r in rs])/100 for rs in (before, after))
-    half = 100*norm.ppf(.5 + confidence/2)*math.sqrt((a*(1 - a) + b*(1 - b))/before[0]["data"]["valid"])
+    n = min(before[0]["data"][k] for k in ("train", "valid"))
+    p, q = ((v*n + 1)/(n + 2) for v in (a, b)) # not quite 0 or 1, so that an interval has a width
+    half = 100*norm.ppf(.5 + confidence/2)*math.sqrt((p*(1 - p) + q*(1 - q))/(n + 2))
     return widened(100*(b - a), 100*(b - a) - half, 100*(b - a) + half, seeds, 1/len(before) + 1/len(after), confidence)
 
 def _gap(before, after, confidence, seeds):
@@ -249,7 +258,8 @@ def _measured(before, after, records, confidence, was=CLEAN, now=CLEAN):
     if was == "training": return _training(before, after, confidence, spread(records, _train))
     if was == "gap": return _gap(before, after, confidence, spread(records, _gap_of))
     if was == "all": was = now = _common(before + after)
-    return paired(before, after, was, now, confidence, seed_spread(records, now))
+    (s, df), (t, more) = seed_spread(records, was), seed_spread(records, now)
+    return paired(before, after, was, now, confidence, (math.sqrt((s**2 + t**2)/2), min(df, more)))
 
 # %% ../nbs/21_claims.ipynb #edffce2b
 def missing(claim:Claim, # to be tested
@@ -264,7 +274,7 @@ def missing(claim:Claim, # to be tested
     absent, lacks = [n for n in wanted if n not in runs], {n: ws for n, ws in lacks.items() if ws}
     if not absent and not lacks: return ""
     what = "; ".join(absent + [f"{', '.join(ws)} of {n}" for n, ws in lacks.items()])
-    command = " ".join([f"robustcv run {claim.section}", *[f"--only '{n}'" for n in [*absent, *lacks]], f"--scale {records[0]['scale']}"])
+    command = " ".join([f"robustcv run {claim.section}", *[f"--only '{n}'" for n in [*absent, *lacks]], f"--scale {records[0]['scale']}", *([] if records[0]["data"].get("synthetic") else ["--data FOLDER"])])
     return f"not on record: {what}: `{command}`" + (f", once the records of {'; '.join(lacks)} are removed" if lacks else "")
 
 def differences(claim:Claim, # to be tested

@@ -24,11 +24,11 @@ from .core import (SCALES, Scale, append_record, atomic_path, choose, derive_see
                            pick_device, run_id, seed_everything)
 from .data import ImageSet, cache_folder, load_data, subset
 from .ensemble import Ensemble, disagreement, expected_calibration_error, fit_temperature, predict
-from .evaluation import (ORBIT, affine_perturbations, attack_perturbations, color_perturbations, erase_perturbations, evaluate, evaluate_together,
+from .evaluation import (ADAPTIVE, ORBIT, affine_perturbations, attack_perturbations, color_perturbations, erase_perturbations, evaluate, evaluate_together,
                                  measure_boxes, measure_certificates, measure_orbit, pack, spread_over, stability_perturbations, standard_perturbations,
                                  symmetry_perturbations, unpack)
 from .fgsm import Transferred
-from .grids import SECTIONS, Run
+from .grids import KEPT, SECTIONS, Run
 from .models import build_model, first_conv, load_model, save_model
 from .multi_task import box_iou, count_boxes, degrade_boxes, known, predict_boxes
 from .synthetic import make_synthetic
@@ -76,6 +76,7 @@ class Setting:
     device:torch.device
     folder:Path # of checkpoints and networks
     say:object=print # where progress goes, a line at a time
+    data:dict=field(default_factory=dict) # of further images: cache, workers
     lent:dict=field(default_factory=dict) # name of a source to `Transferred`
 
     @property
@@ -172,7 +173,7 @@ def _orbit(run, model, table, seed, at): return measure_orbit(model, at.valid, t
 
 def _boxes(run, model, table, seed, at):
     other = at.scale if at.scale.name in QUICK else replace(SCALES["demo"], classes=10, train_per_class=100, val_per_class=50)
-    return measure_boxes(model, at.valid, table, drawn_images(other, seed=1), at.device) # drawn with another seed than the training images of any scale
+    return measure_boxes(model, at.valid, table, drawn_images(other, seed=1, **at.data), at.device) # drawn with another seed than the training images of any scale
 
 def _mean_iou(model, at): return 100*float(box_iou(predict_boxes(model, at.valid, device=at.device), at.valid.boxes)[known(at.valid.boxes)].mean())
 
@@ -189,12 +190,12 @@ def measure_members(runs:list, # with members, and the same sources
     own = [replace(p, most=200) for p in attacks if p.name == "FGSM"]
     groups, how = {r.name: r.members for r in runs}, dict(seed=seed, device=at.device)
     tables, seen = evaluate_together(members, groups, at.valid, still, **how), evaluate_together(members, groups, spread_over(at.train, len(at.valid)), still[:1], **how)
-    out = {}
+    alone, out = evaluate_together(members, {m: (m,) for m in members}, at.valid, still[:1], **how), {}
     for name, ms in groups.items():
         model = Ensemble({" / ".join(m): members[m] for m in ms})
         table = pd.concat([tables[name], evaluate(model, at.valid, own, **how)], ignore_index=True)
         out[name] = dict(history=[], evaluation=pack(table), train_accuracy=float(seen[name].accuracy.iloc[0]), valid_accuracy=float(table.accuracy.iloc[0]),
-                         calibration=_calibration(predict(model, at.valid, device=at.device), at.valid.labels), disagreement=_disagreement(tables, runs, name))
+                         calibration=_calibration(predict(model, at.valid, device=at.device), at.valid.labels), disagreement=disagreement({_short(m): alone[m].predicted.iloc[0] for m in ms}).to_dict())
     return out
 
 # %% ../nbs/20_experiments.ipynb #b25fe836
@@ -203,11 +204,7 @@ def _calibration(logits, labels):
     t = fit_temperature(logits[::2], labels[::2])
     return dict(temperature=t, before=expected_calibration_error(logits[1::2], labels[1::2]), after=expected_calibration_error(logits[1::2]/t, labels[1::2]))
 
-def _disagreement(tables, runs, name):
-    "Of the members of an ensemble that are measured alone, too: share of clean images, in %, on which each pair says different things."
-    alone = {r.members[0]: r.name for r in runs if len(r.members) == 1}
-    inside = [alone[m] for m in next(r for r in runs if r.name == name).members if m in alone]
-    return disagreement({n: tables[n].predicted.iloc[0] for n in inside}).to_dict() if len(inside) > 1 else {}
+def _short(member): return {m: n for n, m in KEPT.items()}.get(member, " / ".join(member))
 
 # %% ../nbs/20_experiments.ipynb #bc463f13
 @dataclass(frozen=True)
@@ -217,7 +214,7 @@ class Job:
     seed:int
     config:dict # of the record
     id:str # of the record
-    status:str # "on record", "to measure" (the network is there, or will be by then) or "to train"
+    status:str # "on record", "to measure" (all networks that it needs are there, or will be by then) or "to train"
     seconds:float # that it is expected to take, by the records; NaN: unknown
 
 def plan(sections:list, # names of sections
@@ -231,12 +228,18 @@ def plan(sections:list, # names of sections
     done, there, jobs = {r["id"] for r in records}, set(), []
     for run, seed in ((r, s) for r in _chosen(sections, names) for s in (scale.seeds if seeds is None else seeds)):
         config, id, _ = _identity(run, scale, seed, about, folder)
-        own = _training(run, scale), seed
-        ready = run.members or own in there or _trained(run, scale, seed, about, folder)
-        status = "on record" if id in done else "to measure" if ready else "to train"
-        if status != "on record": there.add(own)
+        lacks = _lacking(run, seed, scale, about, folder) - there
+        status = "on record" if id in done else "to train" if lacks else "to measure"
+        if status != "on record": there |= lacks
         jobs.append(Job(run, seed, config, id, status, _expected(run, records, status)))
     return jobs
+
+def _lacking(run, seed, scale, about, folder):
+    "The trainings that a run needs, its own included, and that are not there, as a set."
+    if not run.members and _trained(run, scale, seed, about, folder): return set()
+    others = [(m, seed) for m in (*run.members, *([run.start] if run.start else []))] + [(m, scale.seeds[0]) for m in run.sources if run.section in ATTACKED or run.members]
+    needs = [_lacking(next(r for r in SECTIONS[s]() if r.name == n), k, scale, about, folder) for (s, n), k in others]
+    return set().union(*needs, set() if run.members else {(_training(run, scale), seed)})
 
 def _chosen(sections, names):
     "Runs by the names of sections and runs; a `ValueError` for a name that does not exist."
@@ -263,8 +266,7 @@ def _left(jobs, spent):
     "In words, how long jobs will take, where those without an estimate take as long as the ones before them."
     mean = np.mean(spent) if spent else math.nan
     seconds = sum(mean if math.isnan(j.seconds) else j.seconds for j in jobs if j.status != "on record")
-    if not seconds: return ""
-    return "" if math.isnan(seconds) else f"; about {seconds/60:.0f} min left" if seconds < 5400 else f"; about {seconds/3600:.1f} h left"
+    return "" if not seconds or math.isnan(seconds) else f"; about {seconds/60:.0f} min left" if seconds < 5400 else f"; about {seconds/3600:.1f} h left"
 
 # %% ../nbs/20_experiments.ipynb #d15a37e0
 def run_sections(sections:list, # names of sections
@@ -280,16 +282,19 @@ def run_sections(sections:list, # names of sections
                 ) -> list: # the records of these runs at this scale on this data, old and new
     "Train and measure what is not on record yet."
     scale, device = SCALES[choose("scale", scale, SCALES)], pick_device(device)
-    at, spent, pooled = Setting(scale, *scale_data(scale, data, **kwargs), device, Path(folder), say), [], {}
+    at, spent, pooled = Setting(scale, *scale_data(scale, data, **kwargs), device, Path(folder), say, kwargs), [], {}
     jobs = plan(sections, scale, at.about, seeds, results, folder, names)
+    if at.train.boxes is None and any(j.run.boxes for j in jobs):
+        say(f"{at.train.name} has no boxes: runs that learn them are left out"); jobs = [j for j in jobs if not j.run.boxes]
     for i, job in enumerate(jobs, 1):
         run, seed, label = job.run, job.seed, f"[{i}/{len(jobs)}] {job.run.section} / {job.run.name}, seed {job.seed}, scale {scale.name}"
         if job.status == "on record": say(f"{label}: on record"); continue
         start = time.perf_counter()
         if run.members and seed not in pooled: # all ensembles of a seed at once
-            pooled[seed] = measure_members([j.run for j in jobs if j.run.members and j.seed == seed and j.status != "on record"], seed, at)
-        metrics = pooled[seed][run.name] if run.members else train_run(run, seed, at)
-        spent.append(time.perf_counter() - start)
+            some = [j.run for j in jobs if j.run.members and j.seed == seed and j.status != "on record"]
+            pooled[seed] = measure_members(some, seed, at), (time.perf_counter() - start)/len(some)
+        metrics = pooled[seed][0][run.name] if run.members else train_run(run, seed, at)
+        spent.append(pooled[seed][1] if run.members else time.perf_counter() - start)
         append_record(Path(results)/f"{run.section}.jsonl", make_record(run.section, run.name, scale.name, job.config, seed, at.about, device, spent[-1], metrics))
         say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {spent[-1]:.0f} s{_left(jobs[i:], spent)}")
     wanted = {j.id for j in jobs}
@@ -393,10 +398,10 @@ def _mean(accuracy, start): return np.mean([v for (p, _), v in accuracy.items() 
 
 def member_table(records:list, # of the section `ensemble`
                 ) -> pd.DataFrame: # a row a member: clean and mean accuracy alone, mean accuracy of the others without it, what it contributes
-    "What each member is worth: the mean over all perturbations measured on all images, in %, and the contribution in points with its 95 % interval over images."
+    "What each member is worth: the mean over all perturbations that do not look at the network, in %, and the contribution in points with its 95 % interval over images."
     runs = {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}
     if "ensemble" not in runs: raise ValueError(f"the run 'ensemble' is not on record; there are {', '.join(runs)}")
-    each = {n: np.mean(np.stack(t.hits[t.n == t.n.iloc[0]].to_list()).astype(float), 0) for n, t in runs.items()} # over perturbations, an image an entry
+    each = {n: np.mean(np.stack(t.hits[(t.n == t.n.iloc[0]) & ~t.perturbation.isin(ADAPTIVE)].to_list()).astype(float), 0) for n, t in runs.items()} # over perturbations, an image an entry
     rows = []
     for n in [n for n in runs if f"without {n}" in runs]:
         gain = 100*(each["ensemble"] - each[f"without {n}"])

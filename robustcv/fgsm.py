@@ -237,7 +237,7 @@ def fold_batchnorm(model:nn.Module) -> nn.Module: # a frozen copy in evaluation 
     still = copy.deepcopy(model).eval().requires_grad_(False)
     given = {n: p.default for n, p in inspect.signature(still.forward).parameters.items() if p.default is not p.empty} # traced as they are by default
     try: folded = fuse(torch.fx.symbolic_trace(still, given), no_trace=True)
-    except (torch.fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError): return still # its control flow depends on data: torch.fx cannot trace it
+    except (torch.fx.proxy.TraceError, TypeError, ValueError, NotImplementedError, RuntimeError): return still # its control flow depends on data: torch.fx cannot trace it
     return folded.eval().requires_grad_(False)
 
 # %% ../nbs/12_fgsm.ipynb #e92df570

@@ -346,8 +346,10 @@ def plot_worst_boxes(images:ImageSet, # with boxes
     "A row of tiny boxes, a row of boxes that cover the whole image, and a row of those with the least salience inside."
     t = box_quality(images)
     rows = [list(t.index[t.tiny][:each]), list(t.index[t.whole][:each]), list(t.salience[t.unsalient].nsmallest(each).index)]
+    rows = [r for r in rows if len(r) == each] # fewer of a defect are no row
+    if not rows: raise ValueError(f"images: {images.name} has fewer than {each} boxes of each defect")
     at = sum(rows, [])
-    titles = [f"{100*t.area[i]:.1f} %" for i in rows[0] + rows[1]] + [f"salience {t.salience[i]:.2f}" for i in rows[2]]
+    titles = [f"salience {t.salience[i]:.2f}" if t.unsalient[i] else f"{100*t.area[i]:.1f} %" for i in at]
     return show_images(images.images[at], titles, columns=each, boxes=images.boxes[at])
 
 # %% ../nbs/22_figures.ipynb #db8b6d48
@@ -360,8 +362,8 @@ def _model_figures(get, train, valid):
         few = [int((right & (valid.labels == k)).nonzero()[0]) for k in classes if (right & (valid.labels == k)).any()]
         return plot_example(model, x[few], valid.labels[few], valid.classes)
     def response(): return plot_response({n: get("symmetry", n) for n in ("baseline", "layer 2+", "all")}, spread_over(valid, 64).images/255)
-    return {"fgsm-{}-example": example, "symmetry-{}-response": response,
-            "multi_task-{}-boxes": lambda: plot_boxes(get("multi_task", "multi-task"), valid), "multi_task-{}-worst": lambda: plot_worst_boxes(train)}
+    boxes = {"multi_task-{}-boxes": lambda: plot_boxes(get("multi_task", "multi-task"), valid), "multi_task-{}-worst": lambda: plot_worst_boxes(train)}
+    return {"fgsm-{}-example": example, "symmetry-{}-response": response, **(boxes if train.boxes is not None else {})}
 
 def draw_models(scale:Scale, data, # the scale, and the folder of its images
                 runs="runs", # folder of the models
@@ -375,7 +377,7 @@ def draw_models(scale:Scale, data, # the scale, and the folder of its images
     set_style(); Path(folder).mkdir(parents=True, exist_ok=True)
     for name, draw in _model_figures(get, train, valid).items():
         try: fig = draw()
-        except FileNotFoundError as e: warnings.warn(f"{name.format(scale.name)} is left out: {e}", stacklevel=2); continue
+        except (FileNotFoundError, ValueError) as e: warnings.warn(f"{name.format(scale.name)} is left out: {e}", stacklevel=2); continue
         files.append(Path(folder)/f"{name.format(scale.name)}.png")
         fig.savefig(files[-1]); plt.close(fig)
     return files

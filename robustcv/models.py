@@ -115,7 +115,7 @@ def build_model(name:str, # "resnet18", "densenet121", any torchvision classifie
                 weights=None, # file to start from instead: torchvision's .pth or this library's .safetensors
                 boxes:bool=False, # a second head, for one bounding box, on the same trunk
                ) -> Classifier: # maps (B,3,H,W) in [0,1] to logits (B,K)
-    "A classifier with normalisation inside; a head for another number of classes is replaced by a new one."
+    "A classifier with normalisation inside; a head for another number of classes, or without boxes, is replaced by a new one."
     choose("stem", stem, ["imagenet", "small"])
     if num_classes < 2: raise ValueError(f"num_classes={num_classes}: a classifier needs at least 2")
     state, outputs = _read_weights(weights) if weights else _pretrained_weights(name) if pretrained else None, num_classes + 4*boxes
@@ -128,7 +128,7 @@ def build_model(name:str, # "resnet18", "densenet121", any torchvision classifie
     replaced = _small_stem(net) if stem == "small" else None
     if state is not None: _load_state(net, state, weights or f"pretrained {name}", may_miss=replaced)
     last = net.get_submodule(stages["head"][0]) if "head" in stages else None
-    if last and last.out_features != outputs: net.set_submodule(stages["head"][0], nn.Linear(last.in_features, outputs))
+    if last and (last.out_features != outputs or boxes and state is not None): net.set_submodule(stages["head"][0], nn.Linear(last.in_features, outputs))
     start = Path(weights).name if weights else "ImageNet" if pretrained else "scratch"
     return Classifier(net, stages, dict(name=name, num_classes=num_classes, stem=stem, start=start, **({"boxes": True} if boxes else {})))
 

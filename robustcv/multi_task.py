@@ -63,14 +63,15 @@ def box_iou(a:Tensor, b:Tensor) -> Tensor: # (N,)
 def predict_boxes(model:Classifier, # built with boxes=True
                   images:ImageSet,
                   batch_size:int=256, # images at a time
-                  device=None, # None: the best there is
+                  device=None, # where to compute, and where the network stays; None: the best there is
                  ) -> Tensor: # (N,4) on the CPU, x0,y0,x1,y1 in [0,1]
     "Where the network says that the objects are, in evaluation mode."
     device, modes = pick_device(device), {m: m.training for m in model.modules()}
-    model.to(device).eval()
-    out = torch.cat([model(b.images, boxes=True)[1].cpu() for b in Batches(images, batch_size, device=device)])
-    for m, was in modes.items(): m.training = was
-    return out
+    try:
+        model.to(device).eval()
+        return torch.cat([model(b.images, boxes=True)[1].cpu() for b in Batches(images, batch_size, device=device)])
+    finally:
+        for m, was in modes.items(): m.training = was
 
 # %% ../nbs/16_multi_task.ipynb #2d310dd5
 def saliency(images:Tensor, # uint8 (N,3,H,W)
@@ -109,19 +110,19 @@ def count_boxes(images:ImageSet) -> dict: # n, empty, tiny, whole, unsalient
 # %% ../nbs/16_multi_task.ipynb #ac072811
 def degrade_boxes(images:ImageSet, # with boxes
                   kind:str, # "jitter", "whole" or "shuffled"
-                  amount:float, # jitter: standard deviation of the corners, in sides of the box; else: the share of the boxes
+                  amount:float, # jitter: standard deviation of the corners, in sides of the box; else: the share of the known boxes
                   seed:int=0, # of what is random
                  ) -> ImageSet: # the same images
     "Spoil boxes by a known amount; those without area stay as they are."
     choose("kind of degradation", kind, ["jitter", "whole", "shuffled"])
     if images.boxes is None: raise ValueError(f"images: {images.name} has no boxes")
     if not 0 <= amount <= (math.inf if kind == "jitter" else 1) or amount == math.inf: raise ValueError(f"amount={amount}: not negative, and a share at most 1")
-    b, gen = images.boxes, generator(seed, "degrade", kind)
+    b, gen, there = images.boxes, generator(seed, "degrade", kind), known(images.boxes).nonzero()[:, 0]
     if kind == "jitter":
         moved = (b + amount*(b[:, 2:] - b[:, :2]).repeat(1, 2)*torch.randn(b.shape, generator=gen)).clamp(0, 1)
         new = torch.cat([torch.minimum(moved[:, :2], moved[:, 2:]), torch.maximum(moved[:, :2], moved[:, 2:])], 1)
     else:
-        at = torch.randperm(len(b), generator=gen)[:round(amount*len(b))]
+        at = there[torch.randperm(len(there), generator=gen)[:round(amount*len(there))]]
         new = b.clone(); new[at] = b.new_tensor([0., 0, 1, 1]) if kind == "whole" else b[at.roll(1)]
     return replace(images, boxes=torch.where(known(b)[:, None], new, b))
 
@@ -130,17 +131,18 @@ def degrade_boxes(images:ImageSet, # with boxes
 def trunk_features(model:Classifier, # whose last stage is a head
                    images:ImageSet,
                    batch_size:int=256, # images at a time
-                   device=None, # None: the best there is
+                   device=None, # where to compute, and where the network stays; None: the best there is
                   ) -> Tensor: # float32 (N,F) on the CPU
     "What the head is given, in evaluation mode."
     if "head" not in model.stages: raise ValueError(f"model: {model.config['name']} does not end with a linear layer, before which its features could be taken")
     device, modes, seen = pick_device(device), {m: m.training for m in model.modules()}, []
-    model.to(device).eval()
-    hook = model.stage("head")[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(1).float().cpu()))
+    hook = model.to(device).stage("head")[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(1).float().cpu()))
     try:
+        model.eval()
         for b in Batches(images, batch_size, device=device): model(b.images)
-    finally: hook.remove()
-    for m, was in modes.items(): m.training = was
+    finally:
+        hook.remove()
+        for m, was in modes.items(): m.training = was
     return torch.cat(seen)
 
 # %% ../nbs/16_multi_task.ipynb #dbee013c

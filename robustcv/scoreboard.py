@@ -21,7 +21,8 @@ FAMILIES = {"clean": ("clean",), "orientation": ("rotation", "horizontal flip", 
             **{n: (n,) for n in ("blur", "occlusion", "brightness", "contrast", "saturation", "hue")}} # of standard perturbations
 FURTHER = {"JPEG": "JPEG .*", "corruptions": "corruption: .*", "affine": "affine: .*", "FGSM, transferred": r"FGSM from .* 0\.2", "FGSM": r"FGSM 0\.2",
            "PGD-20": "PGD-20 .*", "strong attacks": "strong attacks .*"} # families of other perturbations: what their name and strength look like
-REPEATED = ("baseline", "ResNet-18", "ResNet-18, not augmented") # names of the runs that repeat those of the section `baseline`
+REPEATED = [*[(s, "baseline") for s in ("color_jitter", "random_erase", "adversarial_training", "stability", "multi_task")],
+            ("fgsm", "ResNet-18"), ("fgsm", "ResNet-18, not augmented")] # runs whose networks are those of the section `baseline`
 
 def _by_family(record):
     "Mean accuracy by family, in %; NaN where one of its standard perturbations, or all of the others, were not measured."
@@ -43,7 +44,7 @@ def scoreboard(records:list, # of any sections, at one scale and on one data set
     if runs is not None: kept = [r for n in runs for r in known if label(r) == choose("run", n, dict.fromkeys(map(label, known)))]
     else:
         again = {"baseline"} & {r["section"] for r in known}
-        kept = [r for r in known if not (again and r["section"] != "baseline" and r["name"] in REPEATED)]
+        kept = [r for r in known if not (again and (r["section"], r["name"]) in REPEATED)]
     if not kept: raise ValueError("runs: none is named")
     t = pd.DataFrame([{"run": label(r), **_by_family(r)} for r in kept]).groupby("run", sort=False).mean()
     t = t[[f for f in t if f in FAMILIES or t[f].notna().any()]]

@@ -6,7 +6,7 @@
 __all__ = ['cross_entropy', 'Training', 'autocast', 'accuracy', 'Checkpoint', 'fit', 'fit_from', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #525f5714
-import io, json, math, time
+import hashlib, io, json, math, time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -174,7 +174,9 @@ def _signature(model, train, valid, objective, transform, config, seed):
     "What a checkpoint must agree with to be continued."
     about = model.config if isinstance(model, Classifier) else type(model).__name__
     return json.dumps(describe(dict(config=config, objective=objective, transform=transform, seed=seed, model=about, frozen=getattr(model, "frozen", ()),
-                                    data=[train.fingerprint, valid.fingerprint])))
+                                    data=[train.fingerprint, valid.fingerprint, *([_digest(train.boxes)] if isinstance(model, Classifier) and model.config.get("boxes") else [])])))
+
+def _digest(boxes): return None if boxes is None else hashlib.blake2b(boxes.numpy().tobytes(), digest_size=8).hexdigest()
 
 def _one_cycle(optimizer, config, steps):
     "torch's one-cycle schedule from a 25th of the peak; it divides by zero unless the rise takes at least two steps."

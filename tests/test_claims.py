@@ -34,7 +34,7 @@ def made(name, right, seed=0, section="s", training=80., scale="lite", **more):
     rows = [row(right), *[row(r, *p) for p, r in more.get("under", {}).items()]]
     metrics = dict(evaluation=rows, train_accuracy=training, filters=pack_filters(more.get("filters", torch.randn(8, 3, 7, 7))), **{k: more[k] for k in ("boxes",) if k in more})
     return dict(id=f"{section}{name}{seed}", section=section, name=name, seed=seed, scale=scale, metrics=metrics,
-                data=dict(name="simulated", fingerprint="f", valid=len(right), train=1000))
+                data=dict(name="simulated", fingerprint="f", valid=len(right), train=1000, synthetic=True))
 
 def difference(low, high, region): return Difference("d", (low + high)/2, low, high, region)
 
@@ -164,8 +164,35 @@ def test_the_spread_is_that_under_the_perturbation_compared():
 
 def test_training_accuracies_are_two_independent_proportions():
     d, = differences(claim(("a", "b", LESS, "training", "training")), RECORDS)
-    half = norm.ppf(.975)*100*math.sqrt((.99*.01 + .9*.1)/N)
+    shrunk = [(v*N + 1)/(N + 2) for v in (.99, .9)]
+    half = norm.ppf(.975)*100*math.sqrt(sum(v*(1 - v) for v in shrunk)/(N + 2))
     assert (d.value, d.low, d.high) == pytest.approx((-9, -9 - half, -9 + half)) and "training images" in d.label and d.verdict == "reproduced"
+
+def test_training_accuracies_of_100_percent_leave_room_for_doubt():
+    full = [made(n, hits(.5), training=100.) for n in "ab"]
+    d, = differences(claim(("a", "b", MORE, "training", "training")), full)
+    assert d.value == 0 and d.low < 0 < d.high and d.verdict == "undecided"
+
+def test_one_network_in_several_sections_counts_once_for_the_spread():
+    config = lambda section, name, **more: dict(run=dict(section=section, name=name, model="resnet18", transform=None, **more), training=dict(epochs=15))
+    at = lambda section, name, seed, p, **more: {**made(name, hits(p, seed), seed, section), "config": config(section, name, **more)}
+    plain = [at(s, n, seed, p) for s, n in (("baseline", "plain"), ("color_jitter", "baseline")) for seed, p in enumerate((.4, .5, .6))]
+    assert spread(plain) == spread(plain[:3]) and spread(plain)[1] == 2
+    flipped = [{**at("color_jitter", "flip", seed, .5 + seed/10), "config": dict(run=dict(transform="flip"), training={})} for seed in range(2)]
+    alone = [{**made("E", hits(p, seed), seed, "ensemble"), "config": dict(run=dict(members=[["random_erase", "E"]]), training={})} for seed, p in enumerate((.1, .9))]
+    assert spread(plain + flipped)[1] == 3 and spread(plain + alone) == spread(plain)
+
+def test_attacks_on_the_network_itself_are_no_part_of_all_perturbations():
+    under = {("noise", .1): hits(.4), ("FGSM", .2): hits(.1), ("PGD-20", .2): hits(.1), ("FGSM from DenseNet-121", .2): hits(.3)}
+    a = made("a", hits(.5), under=under)
+    assert claims._common([a]) == (CLEAN, ("noise", .1), ("FGSM from DenseNet-121", .2))
+
+def test_where_two_perturbations_meet_both_spreads_count():
+    noise = ("noise", .1)
+    records = [made(n, hits(p, s), s, under={noise: hits(.5, s)}) for n in "ab" for s, p in enumerate((.2, .8, .2, .8))]
+    falls, rises = (differences(claim(("a", "b", MORE, *pair)), records)[0] for pair in ((CLEAN, noise), (noise, CLEAN)))
+    one, = differences(claim(("a", "b", MORE, noise, noise)), records)
+    assert falls.high - falls.low == pytest.approx(rises.high - rises.low) and falls.high - falls.low > 3*(one.high - one.low)
 
 def test_labels_say_what_is_compared():
     noise, records = ("noise", .1), [made(n, hits(.5), under={("noise", .1): hits(.4)}) for n in "ab"]
@@ -363,7 +390,7 @@ def test_the_gap_combines_training_and_validation_and_its_own_spread(seeds):
     found, = differences(Claim("X", "multi_task", "", "", (("baseline", "multi-task", LESS, "gap", "gap"),)), a + b)
     ta, tb = (np.mean([r["metrics"]["train_accuracy"] for r in rs])/100 for rs in (a, b))
     v, low, high = paired(a, b)
-    half = norm.ppf(.975)*100*math.sqrt((ta*(1 - ta) + tb*(1 - tb))/N)
+    half = norm.ppf(.975)*100*math.sqrt(sum(v*(1 - v) for v in ((t*N + 1)/(N + 2) for t in (ta, tb)))/(N + 2))
     value, down, up = 100*(tb - ta) - v, math.hypot(half, high - v), math.hypot(half, v - low)
     sd, df = spread(a + b, lambda r: r["metrics"]["train_accuracy"] - 100*r["metrics"]["evaluation"][0]["correct"]/N)
     assert df == 2*(seeds - 1) and (sd > 0) == (seeds > 1)

@@ -104,6 +104,34 @@ def test_a_plan_says_what_is_left_and_trains_nothing(go, tmp_path, tiny, monkeyp
     assert [j.seconds for j in jobs] == [0, record["seconds"], pytest.approx(sum(e["seconds"] for e in record["metrics"]["evaluation"]))]
     assert show_plan(jobs).columns.tolist() == ["section", "run", "seed", "status", "minutes"] and len(show_plan(jobs)) == 3
 
+def test_a_plan_counts_the_trainings_that_others_need(go, tmp_path, tiny, monkeypatch):
+    first, pooled = net("first"), Run("two", "pooled", members=(("one", "first"), ("one", "on")))
+    on = replace(net("on"), start=("one", "first"), first="head", objective=cross_entropy)
+    statuses = lambda *sections: [(j.run.name, j.status) for j in plan(list(sections), SCALES["smoke"], describe_data(*scale_data(SCALES["smoke"], tiny)),
+                                                                       results=tmp_path/"results", folder=tmp_path/"runs")]
+    monkeypatch.setitem(SECTIONS, "one", lambda: [first, on]); monkeypatch.setitem(SECTIONS, "two", lambda: [pooled])
+    assert statuses("two") == [("pooled", "to train")] and statuses("one", "two") == [("first", "to train"), ("on", "to train"), ("pooled", "to measure")]
+    go([first, on], [pooled], names=["first"])
+    assert statuses("two") == [("pooled", "to train")] and statuses("one") == [("first", "on record"), ("on", "to train")]
+    go([first, on], [pooled], names=["on"])
+    assert statuses("two") == [("pooled", "to measure")]
+
+def test_runs_with_boxes_are_left_out_of_images_without_any(go, tmp_path):
+    from test_command_line import photos
+    said, both = [], replace(net("both"), objective=multi_task_loss, boxes=True)
+    assert [r["name"] for r in go([net("a"), both], data=photos(tmp_path/"photos"), say=said.append)] == ["a"]
+    assert said[0] == "photos has no boxes: runs that learn them are left out" and said[1].startswith("[1/1]")
+
+def test_members_that_cannot_be_measured_say_so(tiny):
+    images, few, broken = load_tiny_imagenet(tiny, "val"), build_model(MODEL, 3).eval(), build_model(MODEL, 4).eval()
+    clean = [Perturbation("clean", lambda x, y, m: x)]
+    with pytest.raises(ValueError, match="members: few has 3 outputs, .* has 4 classes"): evaluate_together({"few": few}, {"all": ["few"]}, images, clean)
+    with torch.no_grad(): broken.stage("head")[0].bias.fill_(math.nan)
+    with pytest.raises(ValueError, match="perturbation 'clean': the outputs of broken are not finite"): evaluate_together({"broken": broken}, {"all": ["broken"]}, images, clean)
+    model = build_model(MODEL, 4).train()
+    evaluate_together({"m": model}, {"all": ["m"]}, images, clean)
+    assert model.training
+
 def test_expectations_come_from_the_same_run_and_the_same_scale(go, tmp_path, tiny, monkeypatch):
     record, = go([net("a")])
     for i, (name, scale, seconds) in enumerate((("c", "smoke", 100.), ("c", "full", 9999.), ("d", "smoke", 300.))):
@@ -162,7 +190,7 @@ def test_an_ensemble_of_what_runs_left_is_measured_and_recorded(go, monkeypatch,
         assert records[alone]["metrics"]["valid_accuracy"] == records[n]["metrics"]["valid_accuracy"]
     m = records["ensemble"]["metrics"]
     assert {"random signs", "FGSM"} <= set(rows["ensemble"].perturbation) and m["history"] == [] and 0 <= m["train_accuracy"] <= 100
-    assert m["disagreement"]["A"]["B"] == m["disagreement"]["B"]["A"] and m["disagreement"]["A"]["A"] == 0 and records["A"]["metrics"]["disagreement"] == {}
+    assert m["disagreement"]["one / a"]["one / b"] == m["disagreement"]["one / b"]["one / a"] and records["A"]["metrics"]["disagreement"] == {"one / a": {"one / a": 0}}
     assert m["calibration"].keys() == {"temperature", "before", "after"}
     about = describe_data(*scale_data(SCALES["smoke"], tiny))
     members = [trained_model("one", n, SCALES["smoke"], about, tmp_path/"runs") for n in "ab"]
@@ -170,6 +198,7 @@ def test_an_ensemble_of_what_runs_left_is_measured_and_recorded(go, monkeypatch,
     with torch.no_grad(): said = combine([f(valid.images/255) for f in members]).argmax(1)
     assert rows["ensemble"].correct[0] == int((said == valid.labels).sum())
     assert all(json.loads(json.dumps(r, allow_nan=False)) for r in records.values())
+    assert records["ensemble"]["seconds"] == records["A"]["seconds"] == records["B"]["seconds"] > 0 # measured together
     before = len(calls); again = go([a, b], pooled)
     assert len(calls) == before and [r["id"] for r in again] == [r["id"] for r in records.values()]
 
@@ -177,7 +206,8 @@ def test_members_that_are_not_there_are_trained_without_a_record(go, tmp_path):
     said, pooled = [], Run("two", "ensemble", members=(("one", "a"), ("one", "b")))
     one, = go([net("a"), net("b", length=2.)], [pooled], names={"two": ("ensemble",)}, say=said.append)
     assert sum("its network is needed, and trained first" in s for s in said) == 2 and len(calls) == 3 + 6
-    assert [r["name"] for r in load_records(tmp_path/"results")] == ["ensemble"] and one["metrics"]["disagreement"] == {}
+    assert [r["name"] for r in load_records(tmp_path/"results")] == ["ensemble"]
+    assert one["metrics"]["disagreement"]["one / a"]["one / a"] == 0 and set(one["metrics"]["disagreement"]) == {"one / a", "one / b"}
 
 def test_a_network_to_start_from_is_trained_first_and_not_twice(go):
     first = net("first")

@@ -204,6 +204,22 @@ def test_spoiling_leaves_images_and_originals_alone_and_repeats(kind):
     assert torch.equal(data.boxes, before) and a.images is data.images and torch.equal(a.boxes, b.boxes) and not torch.equal(a.boxes, other.boxes)
     assert not known(a.boxes[3:4]).any()
 
+def test_only_known_boxes_are_exchanged():
+    data = images(40); data.boxes[::4] = torch.tensor([.5, .2, .5, .9])
+    new = degrade_boxes(data, "shuffled", 1.).boxes
+    assert known(new).equal(known(data.boxes)) and (new != data.boxes).any(1).sum() == 30 and sorted(map(tuple, new.tolist())) == sorted(map(tuple, data.boxes.tolist()))
+
+def test_a_checkpoint_of_other_boxes_is_not_continued(tiny, tmp_path):
+    train, valid = (load_tiny_imagenet(tiny, s) for s in ("train", "val"))
+    go = lambda data: fit(build_model(MODEL, 4, boxes=True), data, valid, multi_task_loss, None, Training(1, 8, lr=.01), folder=tmp_path)
+    go(train)
+    with pytest.raises(ValueError, match="other settings or data"): go(degrade_boxes(train, "whole", 1.))
+
+def test_a_head_for_boxes_is_new_when_weights_come_from_a_file(tmp_path):
+    torch.manual_seed(0); eight = build_model(MODEL, 8); save_model(eight, tmp_path/"m.safetensors")
+    two = build_model(MODEL, 4, weights=tmp_path/"m.safetensors", boxes=True)
+    assert torch.equal(two.net.conv1[0].weight, eight.net.conv1[0].weight) and not torch.equal(two.net.fc.weight, eight.net.fc.weight)
+
 @pytest.mark.parametrize("kind, amount, message", [("blur", .1, "unknown kind of degradation 'blur'"), ("whole", 1.5, "amount=1.5"), ("jitter", -.1, "amount=-0.1"),
                                                    ("jitter", float("inf"), "amount=inf")])
 def test_bad_degradations(kind, amount, message):
