@@ -179,7 +179,7 @@ ATTACK = (
 # %% ../nbs/21_claims.ipynb #d7146405
 NOISE = ("noise, article", .1)
 TRADE_OFF, AUGMENTED = (CLEAN, NOISE), ORBIT
-STABLE, RETRAINED = ("baseline", "α = 0.001", "α = 0.1", "α = 1"), ("classifier", "layer 4+", "layer 3+", "layer 1+", "all")
+STABLE, RETRAINED = ("baseline", "α = 0.001", "α = 0.1", "α = 1"), ("classifier", "layer 4+", "layer 3+", "layer 1+")
 
 NATURE = (
     Claim("C13", "stability", "stability training at α = 0.01, σ = 0.1 (normalised) beats the baseline on noise, and is the best trade-off of clean and noisy accuracy", "in words",

@@ -11,6 +11,7 @@ from torchvision.ops import generalized_box_iou
 from robustcv.data import Batch, Batches, ImageSet, load_tiny_imagenet
 from robustcv.evaluation import COLUMNS, affine_perturbations, evaluate, measure_boxes
 from robustcv.fgsm import fgsm, fold_batchnorm
+from robustcv.figures import plot_boxes, plot_worst_boxes
 from robustcv.models import build_model, load_model, save_model
 from robustcv.multi_task import (box_iou, box_loss, box_quality, count_boxes, degrade_boxes, known, linear_probe, multi_task_loss, predict_boxes,
                                  saliency, trunk_features)
@@ -282,3 +283,17 @@ def test_boxes_and_the_probe_are_measured(model):
     overlap = box_iou(predict_boxes(model, data), data.boxes)
     t = measure_boxes(model, data, evaluate(model, data, affine_perturbations()[:1]), other)
     assert t.hits.iloc[-1].tolist() == (overlap >= .5).tolist()
+
+def test_the_worst_boxes_are_drawn_in_rows_of_one_defect():
+    tiny, whole, fine = [.1, .1, .2, .2], [0., 0, 1, 1], [.2, .2, .8, .8]
+    few = images(6, given=torch.tensor([tiny, whole, whole, tiny, fine, whole]))
+    fig = plot_worst_boxes(few, 2)
+    assert [ax.get_title() for ax in fig.axes][:4] == ["1.0 %", "1.0 %", "100.0 %", "100.0 %"]
+    with pytest.raises(ValueError, match="has fewer than 4 boxes of each defect"): plot_worst_boxes(few, 4)
+    with pytest.raises(ValueError, match="has no boxes"): plot_worst_boxes(ImageSet(few.images, few.labels, few.classes))
+
+def test_given_and_predicted_boxes_are_drawn_with_their_overlap(model):
+    data = images(6)
+    fig, said = plot_boxes(model.eval(), data, 3), box_iou(predict_boxes(model, data), data.boxes)
+    assert [ax.get_title() for ax in fig.axes if ax.get_title()] == [f"IoU {said[i]:.2f}" for i in (0, 2, 5)]
+    assert all(len(ax.patches) == 2 for ax in fig.axes[:3])
