@@ -230,6 +230,7 @@ def figures(scale:str=typer.Option("lite", help=f"One of: {', '.join(SCALES)}.")
     records = _on_record(results, scale)
     for section in dict.fromkeys(r["section"] for r in records):
         for f in draw_figures([r for r in records if r["section"] == section], out): print(f"figure: {f}")
+    for f in draw_summary(records, out): print(f"figure: {f}")
     for f in draw_models(SCALES[scale], data, folder, out) if data is not None else (): print(f"figure: {f}")
 
 @command(app)

@@ -192,7 +192,7 @@ def plot_orientations(records:list, # of the section `symmetry`
     for i, ((perturbation, degrees), label) in enumerate(zip(ORBIT, ELEMENTS, strict=True)):
         rows = pd.DataFrame([t[(t.perturbation == perturbation) & (t.strength.isna() if degrees is None else t.strength == degrees)].iloc[0] for t in runs.values()])
         ax.bar(np.arange(len(rows)) + (i - 3.5)*.105, rows.accuracy, .1, color=colors[i], label=label, yerr=[rows.accuracy - rows.low, rows.high - rows.accuracy], error_kw=dict(lw=.7, ecolor=".3"))
-    ax.set_xticks(range(len(runs)), list(runs)); ax.grid(False, axis="x")
+    ax.set_xticks(range(len(runs)), [n.replace(" ", "\n") for n in runs], fontsize=8); ax.grid(False, axis="x")
     ax.set(ylabel="accuracy (%)", ylim=(0, None)); ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
