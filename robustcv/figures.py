@@ -343,9 +343,10 @@ def plot_boxes(model, # built with boxes=True
 def plot_worst_boxes(images:ImageSet, # with boxes
                      each:int=8, # images a defect
                     ): # the figure
-    "A row of tiny boxes, a row of boxes that cover the whole image, and a row of those with the least salience inside."
+    "A row of tiny boxes and one of boxes that cover the whole image, evenly spread over the set, and a row of those with the least salience inside."
     t = box_quality(images)
-    rows = [list(t.index[t.tiny][:each]), list(t.index[t.whole][:each]), list(t.salience[t.unsalient].nsmallest(each).index)]
+    spread = lambda some: list(some[np.linspace(0, len(some) - 1, min(each, len(some))).astype(int)])
+    rows = [spread(t.index[t.tiny]), spread(t.index[t.whole]), list(t.salience[t.unsalient].nsmallest(each).index)]
     rows = [r for r in rows if len(r) == each] # fewer of a defect are no row
     if not rows: raise ValueError(f"images: {images.name} has fewer than {each} boxes of each defect")
     at = sum(rows, [])
