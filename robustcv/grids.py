@@ -135,7 +135,7 @@ SECTIONS = {"baseline": baseline, "color_jitter": color_jitter, "random_erase": 
             "stability": stable, "symmetry": symmetric, "multi_task": multi_tasked, "ensemble": together}
 
 # %% ../nbs/19_grids.ipynb #8926d8e3
-DEMO = {"baseline": ("flip + crop", "plain"), "color_jitter": ("baseline", "contrast 0.8", "contrast 5"), "random_erase": ("baseline", "E", "FE", "FCE"),
-        "fgsm": ("ResNet-18, not augmented", "DenseNet-121", "ResNet-18"), "adversarial_training": ("baseline", "objective", "data"),
+DEMO = {"baseline": ("flip + crop", "plain"), "color_jitter": ("baseline", "contrast 5"), "random_erase": ("baseline", "E", "FE", "FCE"),
+        "fgsm": ("ResNet-18, not augmented", "DenseNet-121", "ResNet-18"), "adversarial_training": ("data",),
         "stability": ("baseline", "α = 0.01"), "symmetry": ("baseline", "classifier", "layer 2+", "two phases"), "multi_task": ("baseline", "multi-task"),
         "ensemble": ("ensemble", *KEPT)} # names of runs by section
