@@ -399,16 +399,16 @@ def _mean(accuracy, start): return np.mean([v for (p, _), v in accuracy.items() 
 def member_table(records:list, # of the section `ensemble`
                 ) -> pd.DataFrame: # a row a member: clean and mean accuracy alone, mean accuracy of the others without it, what it contributes
     "What each member is worth: the mean over all perturbations that do not look at the network, in %, and the contribution in points with its 95 % interval over images."
-    runs = {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}
+    rows, runs = [], {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}
     if "ensemble" not in runs: raise ValueError(f"the run 'ensemble' is not on record; there are {', '.join(runs)}")
     each = {n: np.mean(np.stack(t.hits[(t.n == t.n.iloc[0]) & ~t.perturbation.isin(ADAPTIVE)].to_list()).astype(float), 0) for n, t in runs.items()} # over perturbations, an image an entry
-    rows = []
-    for n in [n for n in runs if f"without {n}" in runs]:
-        gain = 100*(each["ensemble"] - each[f"without {n}"])
-        rows.append({"member": n, "clean": round(runs[n].accuracy.iloc[0], 1), "mean": round(100*each[n].mean(), 1), "others without it": round(100*each[f"without {n}"].mean(), 1),
-                     "contributes": f"{gain.mean():+.1f} ± {norm.ppf(.975)*gain.std(ddof=1)/len(gain)**.5:.1f}"})
-    whole = {"member": "all together", "clean": round(runs["ensemble"].accuracy.iloc[0], 1), "mean": round(100*each["ensemble"].mean(), 1), "others without it": "", "contributes": ""}
-    return pd.DataFrame([*rows, whole])
+    for n in [n for n in runs if n != "ensemble" and not n.startswith("without ")]:
+        rows.append({"member": n, "clean": round(runs[n].accuracy.iloc[0], 1), "mean": round(100*each[n].mean(), 1)})
+        if f"without {n}" not in each: continue # not on record
+        others, gain = each[f"without {n}"], 100*(each["ensemble"] - each[f"without {n}"])
+        rows[-1] |= {"others without it": round(100*others.mean(), 1), "contributes": f"{gain.mean():+.1f} ± {norm.ppf(.975)*gain.std(ddof=1)/len(gain)**.5:.1f}"}
+    whole = {"member": "all together", "clean": round(runs["ensemble"].accuracy.iloc[0], 1), "mean": round(100*each["ensemble"].mean(), 1)}
+    return pd.DataFrame([*rows, whole]).fillna("")
 
 def by_name(records:list) -> dict:
     "Records grouped by the name of their run."
