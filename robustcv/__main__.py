@@ -18,7 +18,8 @@ from .core import SCALES, atomic_path, choose, device_name, load_records, pick_d
 from .data import load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, unpack
-from .experiments import caption, describe_data, markdown, plan, run_sections, scale_data, show_plan, table
+from .tables import caption, markdown, table
+from .experiments import describe_data, plan, run_sections, scale_data, show_plan
 from .figures import draw_figures, draw_models, draw_summary
 from .grids import DEMO, SECTIONS
 from .models import build_model, load_model, save_model

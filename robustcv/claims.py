@@ -19,7 +19,7 @@ from scipy.stats import norm, t as student
 
 from .core import generator
 from .evaluation import ADAPTIVE, ORBIT, compare, unpack, wilson
-from .experiments import by_name, filters, one_setting
+from .tables import by_name, filters, one_setting
 from .grids import KEPT
 from .symmetry import selectivity
 

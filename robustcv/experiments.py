@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['EXTRA', 'ATTACKED', 'QUICK', 'CERTIFIED', 'MEASURED', 'drawn_images', 'scale_data', 'describe_data', 'Setting',
            'network', 'trained_model', 'train_run', 'measure_members', 'Job', 'plan', 'show_plan', 'run_sections',
-           'run_section', 'one_setting', 'table', 'caption', 'markdown', 'pool', 'corruption_table',
-           'orientation_table', 'box_table', 'member_table', 'by_name', 'filters']
+           'run_section']
 
 # %% ../nbs/20_experiments.ipynb #d54e4f4a
 import base64, json, math, time
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +16,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import norm
 
 from .core import (SCALES, Scale, append_record, atomic_path, choose, derive_seed, describe, load_records, make_record,
                            pick_device, run_id, seed_everything)
 from .data import ImageSet, cache_folder, load_data, subset
 from .ensemble import Ensemble, disagreement, expected_calibration_error, fit_temperature, predict
-from .evaluation import (ADAPTIVE, ORBIT, affine_perturbations, attack_perturbations, color_perturbations, erase_perturbations, evaluate, evaluate_together,
+from .evaluation import (affine_perturbations, attack_perturbations, color_perturbations, erase_perturbations, evaluate, evaluate_together,
                                  measure_boxes, measure_certificates, measure_orbit, pack, spread_over, stability_perturbations, standard_perturbations,
-                                 symmetry_perturbations, unpack)
+                                 symmetry_perturbations)
 from .fgsm import Transferred
 from .grids import KEPT, SECTIONS, Run
 from .models import build_model, first_conv, load_model, save_model
@@ -303,118 +300,3 @@ def run_sections(sections:list, # names of sections
 def run_section(section:str, *args, **kwargs) -> list: # of records
     "`run_sections` for one section."
     return run_sections([section], *args, **kwargs)
-
-# %% ../nbs/20_experiments.ipynb #8f0a98ff
-def one_setting(records:list) -> list:
-    "The records, if all are of one scale and one data set, and one a run and seed; a `ValueError` otherwise."
-    if not records: raise ValueError("no records: run the section first, e.g. `robustcv run baseline`")
-    kinds = {(r["scale"], r["data"]["fingerprint"]) for r in records}
-    if len(kinds) > 1: raise ValueError(f"records of {len(kinds)} settings cannot share a statistic: {sorted(kinds)}; choose one scale and data set")
-    twice = [k for k, n in Counter((r["section"], r["name"], r["seed"]) for r in records).items() if n > 1]
-    if twice: raise ValueError(f"run '{twice[0][1]}', seed {twice[0][2]}, is on record with several settings; choose the records of one")
-    return records
-
-def table(records:list, # of one scale and data set
-          perturbations=(("clean", None), ("rotation", 90), ("noise", 0.15), ("occlusion", 0.4), ("blur", 2.0), ("hue", 0.25)), # columns
-         ) -> pd.DataFrame: # a row a run: seeds, n, mean ± standard deviation over seeds, in %
-    "Accuracy by run and perturbation."
-    rows = {}
-    for r in one_setting(records):
-        by = {(e["perturbation"], e["strength"]): 100*e["correct"]/e["n"] for e in r["metrics"]["evaluation"]}
-        rows.setdefault(r["name"], []).append([r["metrics"]["train_accuracy"]] + [by[p] for p in perturbations])
-    names = ["training"] + [p if s is None else f"{p} {s:g}" for p, s in perturbations]
-    return pd.DataFrame([{"model": n, "seeds": len(v), **{k: _pm(c) for k, c in zip(names, zip(*v, strict=True), strict=True)}} for n, v in rows.items()])
-
-def _pm(values): return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
-
-# %% ../nbs/20_experiments.ipynb #3112978f
-def caption(records:list) -> str:
-    "One line that says what a table or figure of these records rests on."
-    r, d = one_setting(records)[0], records[0]["data"]
-    what = f"{d['name']}{' (drawn images: no evidence about natural ones)' if d['synthetic'] else ''}"
-    epochs = ", ".join(sorted({str(len(x["metrics"]["history"])) for x in records if x["metrics"]["history"]}))
-    return (f"scale {r['scale']}: {what}, {d['classes']} classes, {d['train']:,} training images of {d['pixels']} pixels{f', {epochs} epochs' if epochs else ''}; "
-            f"n = {d['valid']:,} validation images; {len({x['seed'] for x in records})} seed(s); {r['device']}; commit {', '.join(sorted({x['commit'] for x in records}))}")
-
-def markdown(frame:pd.DataFrame) -> str:
-    "A data frame of strings and numbers as a Markdown table."
-    rows = [frame.columns, ["---"]*len(frame.columns), *frame.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(str(c) for c in r) + " |" for r in rows)
-
-# %% ../nbs/20_experiments.ipynb #0a69db55
-def pool(records:list, # of one run, one a seed
-        ) -> pd.DataFrame: # as `evaluate` gives it; `correct` is the mean count, `hits` the share of seeds that have an image right
-    "One run's evaluations averaged over its seeds, with 95 % intervals over the images."
-    tables = [unpack(r["metrics"]["evaluation"]) for r in one_setting(records)]
-    pooled = tables[0].copy()
-    if len(tables) == 1: return pooled
-    shares = [np.mean(same, 0) for same in zip(*(t.hits for t in tables), strict=True)]
-    mean, half = np.array([s.mean() for s in shares]), np.array([norm.ppf(.975)*s.std(ddof=1)/len(s)**.5 for s in shares])
-    pooled["hits"], pooled["correct"], pooled["accuracy"] = shares, mean*pooled.n, 100*mean
-    pooled["low"], pooled["high"] = 100*(mean - half).clip(0), 100*(mean + half).clip(max=1)
-    return pooled
-
-# %% ../nbs/20_experiments.ipynb #954d5078
-def corruption_table(records:list, # of the section `stability`
-                     baseline:str="baseline", # what errors are compared with
-                    ) -> pd.DataFrame: # a row a run: mean corruption accuracy with its 95 % interval over images, mean corruption error (baseline: 100), in %
-    "Common corruptions in two numbers: accuracy over all kinds and severities, and error beside the baseline's, kind by kind ([Hendrycks and Dietterich 2019](https://arxiv.org/abs/1903.12261))."
-    runs, rows = {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}, []
-    if baseline not in runs: raise ValueError(f"baseline='{baseline}': is not on record; there are {', '.join(runs)}")
-    corrupted = {n: t[t.perturbation.str.startswith("corruption: ")] for n, t in runs.items()}
-    errors = {n: (100 - t.accuracy).groupby(t.perturbation).mean() for n, t in corrupted.items()}
-    for n, t in runs.items():
-        right = np.mean(np.stack(corrupted[n].hits.to_list()).astype(float), 0)
-        half = norm.ppf(.975)*right.std(ddof=1)/len(right)**.5
-        rows.append({"model": n, "clean": f"{t.accuracy.iloc[0]:.1f}", "mean corruption accuracy": f"{100*right.mean():.1f} ± {100*half:.1f}",
-                     "mean corruption error": f"{100*(errors[n]/errors[baseline]).mean():.0f}"})
-    return pd.DataFrame(rows)
-
-def orientation_table(records:list, # of the section `symmetry`
-                     ) -> pd.DataFrame: # a row a run, in %: training, upright, augmented (mean over all orientations), same in all, averaged
-    "The article's table, and what is true of the whole orbit; mean ± standard deviation over seeds."
-    rows = []
-    for n, rs in by_name(one_setting(records)).items():
-        by = [{(e["perturbation"], e["strength"]): 100*e["correct"]/e["n"] for e in r["metrics"]["evaluation"]} for r in rs]
-        rows.append({"model": n, "seeds": len(rs), "training": _pm([r["metrics"]["train_accuracy"] for r in rs]), "upright": _pm([b["clean", None] for b in by]),
-                     "augmented": _pm([np.mean([b[o] for o in ORBIT]) for b in by]), "same in all": _pm([b["same in all orientations", None] for b in by]),
-                     "averaged": _pm([b["symmetrized", None] for b in by])})
-    return pd.DataFrame(rows)
-
-def box_table(records:list, # of the section `multi_task`
-             ) -> pd.DataFrame: # a row a run, in %: training, clean, gap, affine (mean), IoU ≥ 0.5, mean IoU, linear probe
-    "What a second task does for the first, and how well it is learnt; mean ± standard deviation over seeds."
-    rows = []
-    for n, rs in by_name(one_setting(records)).items():
-        by = [{(e["perturbation"], e["strength"]): 100*e["correct"]/e["n"] for e in r["metrics"]["evaluation"]} for r in rs]
-        trained = [r["metrics"]["train_accuracy"] for r in rs]
-        rows.append({"model": n, "seeds": len(rs), "training": _pm(trained), "clean": _pm([b["clean", None] for b in by]),
-                     "gap": _pm([t - b["clean", None] for t, b in zip(trained, by, strict=True)]), "affine": _pm([_mean(b, "affine: ") for b in by]),
-                     "IoU ≥ 0.5": _pm([b["box", .5] for b in by]) if ("box", .5) in by[0] else "",
-                     "mean IoU": _pm([r["metrics"]["mean_iou"] for r in rs]) if "mean_iou" in rs[0]["metrics"] else "", "probe": _pm([_mean(b, "linear probe") for b in by])})
-    return pd.DataFrame(rows)
-
-def _mean(accuracy, start): return np.mean([v for (p, _), v in accuracy.items() if p.startswith(start)])
-
-def member_table(records:list, # of the section `ensemble`
-                ) -> pd.DataFrame: # a row a member: clean and mean accuracy alone, mean accuracy of the others without it, what it contributes
-    "What each member is worth: the mean over all perturbations that do not look at the network, in %, and the contribution in points with its 95 % interval over images."
-    rows, runs = [], {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}
-    if "ensemble" not in runs: raise ValueError(f"the run 'ensemble' is not on record; there are {', '.join(runs)}")
-    each = {n: np.mean(np.stack(t.hits[(t.n == t.n.iloc[0]) & ~t.perturbation.isin(ADAPTIVE)].to_list()).astype(float), 0) for n, t in runs.items()} # over perturbations, an image an entry
-    for n in [n for n in runs if n != "ensemble" and not n.startswith("without ")]:
-        rows.append({"member": n, "clean": round(runs[n].accuracy.iloc[0], 1), "mean": round(100*each[n].mean(), 1)})
-        if f"without {n}" not in each: continue # not on record
-        others, gain = each[f"without {n}"], 100*(each["ensemble"] - each[f"without {n}"])
-        rows[-1] |= {"others without it": round(100*others.mean(), 1), "contributes": f"{gain.mean():+.1f} ± {norm.ppf(.975)*gain.std(ddof=1)/len(gain)**.5:.1f}"}
-    whole = {"member": "all together", "clean": round(runs["ensemble"].accuracy.iloc[0], 1), "mean": round(100*each["ensemble"].mean(), 1)}
-    return pd.DataFrame([*rows, whole]).fillna("")
-
-def by_name(records:list) -> dict:
-    "Records grouped by the name of their run."
-    return {n: [r for r in records if r["name"] == n] for n in dict.fromkeys(r["name"] for r in records)}
-
-def filters(record:dict) -> torch.Tensor: # (O,3,k,k)
-    "The first-layer filters that a record holds."
-    f = record["metrics"]["filters"]
-    return torch.from_numpy(np.frombuffer(base64.b64decode(f["float16"]), "<f2").reshape(f["shape"]).astype(np.float32))

@@ -20,7 +20,8 @@ from .claims import plot_claims
 from .core import COLORS, Scale, generator, model_colors, normalized, set_style
 from .data import ImageSet, show_images
 from .evaluation import ORBIT, plot_bars, plot_strength, show_perturbations, spread_over, standard_perturbations
-from .experiments import ATTACKED, by_name, describe_data, filters, one_setting, pool, scale_data, trained_model
+from .experiments import ATTACKED, describe_data, scale_data, trained_model
+from .tables import by_name, filters, one_setting, pool
 from .fgsm import attacking, gradient
 from .multi_task import box_iou, box_quality, predict_boxes
 from .scoreboard import plot_scoreboard, scoreboard

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .core import choose
 from .evaluation import standard_perturbations
-from .experiments import one_setting
+from .tables import one_setting
 from .grids import SECTIONS
 
 # %% ../nbs/23_scoreboard.ipynb #e581bf12

@@ -16,7 +16,8 @@ from robustcv.claims import (AFFINE, CLAIMS, CLEAN, LESS, MORE, NEEDS, NOTEBOOKS
                              seed_spread, spread, summary, summary_table, verdict, widened)
 from robustcv.core import generator
 from robustcv.evaluation import attack_perturbations, compare, standard_perturbations, wilson
-from robustcv.experiments import ATTACKED, EXTRA, by_name
+from robustcv.experiments import ATTACKED, EXTRA
+from robustcv.tables import by_name
 from robustcv.grids import SECTIONS
 
 N = 200

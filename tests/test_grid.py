@@ -14,7 +14,8 @@ from robustcv.core import SCALES, append_record, load_records
 from robustcv.data import cache_folder, load_data, load_tiny_imagenet
 from robustcv.ensemble import Ensemble, combine
 from robustcv.evaluation import Perturbation, add_noise, affine_perturbations, evaluate, evaluate_together, unpack
-from robustcv.experiments import Run, box_table, describe_data, plan, run_sections, scale_data, show_plan, trained_model
+from robustcv.experiments import Run, describe_data, plan, run_sections, scale_data, show_plan, trained_model
+from robustcv.tables import box_table
 from robustcv.grids import DEMO, KEPT, SECTIONS, together
 from robustcv.models import build_model
 from robustcv.multi_task import multi_task_loss

@@ -28,6 +28,6 @@ def test_links_and_pictures_exist(path):
 
 def test_the_table_is_the_records(monkeypatch):
     from robustcv.core import load_records
-    from robustcv.experiments import caption, markdown, table
+    from robustcv.tables import caption, markdown, table
     records = [r for r in load_records(root / "results/baseline.jsonl") if r["scale"] == "lite"]
     assert markdown(table(records)) in text and caption(records) in text
