@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import normalized
-from .data import Batch, Batches
+from .data import Batch
 from .fgsm import attacking, cross_entropies, gradient, pgd
 
 # %% ../nbs/13_adversarial_training.ipynb #8c2e458b

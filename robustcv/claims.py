@@ -18,7 +18,8 @@ import torch
 from scipy.stats import norm, t as student
 
 from .core import generator
-from .evaluation import ADAPTIVE, ORBIT, compare, unpack, wilson
+from .perturbations import ADAPTIVE, ORBIT
+from .evaluation import compare, unpack, wilson
 from .tables import by_name, filters, one_setting
 from .grids import KEPT
 from .symmetry import selectivity

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .core import choose, model_colors, pick_device
 from .data import Batches, ImageSet
-from .models import Classifier
+from .models import Classifier, evaluating
 
 # %% ../nbs/17_ensemble.ipynb #1cf590bb
 AVERAGES = ("probabilities", "logits", "votes") # what an ensemble can be the mean of
@@ -150,13 +150,9 @@ def predict(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
            ) -> Tensor: # (N,K), float32, on the CPU
     "Logits for every image, in evaluation mode; the modes are as they were afterwards."
     if not len(images): raise ValueError(f"images: {images.name} is empty")
-    device, modes = pick_device(device), {m: m.training for m in model.modules()}
-    try:
-        model.to(device).eval()
-        with torch.inference_mode():
-            out = [model(b.images.contiguous(memory_format=torch.channels_last)).float().cpu() for b in Batches(images, batch_size, device=device)]
-    finally:
-        for m, was in modes.items(): m.training = was
+    device = pick_device(device)
+    with evaluating(model.to(device)), torch.inference_mode():
+        out = [model(b.images.contiguous(memory_format=torch.channels_last)).float().cpu() for b in Batches(images, batch_size, device=device)]
     return torch.cat(out) # outside of inference mode: a tensor like any other
 
 # %% ../nbs/17_ensemble.ipynb #e8e88483

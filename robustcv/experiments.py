@@ -21,13 +21,13 @@ from .core import (SCALES, Scale, append_record, atomic_path, choose, derive_see
                            pick_device, run_id, seed_everything)
 from .data import ImageSet, cache_folder, load_data, subset
 from .ensemble import Ensemble, disagreement, expected_calibration_error, fit_temperature, predict
-from .evaluation import (affine_perturbations, attack_perturbations, color_perturbations, erase_perturbations, evaluate, evaluate_together,
-                                 measure_boxes, measure_certificates, measure_orbit, pack, spread_over, stability_perturbations, standard_perturbations,
-                                 symmetry_perturbations)
+from .perturbations import (affine_perturbations, attack_perturbations, color_perturbations, erase_perturbations, stability_perturbations,
+                                    standard_perturbations, symmetry_perturbations)
+from .evaluation import evaluate, evaluate_together, measure_boxes, measure_certificates, measure_orbit, measure_probe, pack, spread_over
 from .fgsm import Transferred
 from .grids import KEPT, SECTIONS, Run
 from .models import build_model, first_conv, load_model, save_model
-from .multi_task import box_iou, count_boxes, degrade_boxes, known, predict_boxes
+from .multi_task import count_boxes, degrade_boxes
 from .synthetic import make_synthetic
 from .training import fit, fit_from
 
@@ -35,7 +35,9 @@ from .training import fit, fit_from
 EXTRA = {"color_jitter": color_perturbations, "random_erase": erase_perturbations, "stability": stability_perturbations, "symmetry": symmetry_perturbations,
          "multi_task": affine_perturbations} # what a section measures beyond the standard perturbations
 ATTACKED = ("fgsm", "adversarial_training") # sections that measure `attack_perturbations`
-QUICK = {"smoke": dict(most=(16, 16), steps=5, targets=1, queries=5), "demo": dict(eps=(.1, .2, .4), most=(50, 20), steps=20, targets=3, queries=100)} # that they run, not how strong they are
+QUICK = {"smoke": dict(attacks=dict(most=(16, 16), steps=5, targets=1, queries=5), certificates=dict(most=4, n0=5, n=20), strengths={"corruption": 3, "occlusion at": .25}),
+         "demo": dict(attacks=dict(eps=(.1, .2, .4), most=(50, 20), steps=20, targets=3, queries=100), certificates=dict(most=20, n0=10, n=100),
+                      strengths={"corruption": 3, "occlusion at": .25})} # scales at which it counts that everything runs, not how exact or strong it is
 
 # %% ../nbs/20_experiments.ipynb #8db22ed2
 def drawn_images(scale:Scale, # how many
@@ -135,46 +137,45 @@ def trained_model(section:str, name:str, # of the run
 
 # %% ../nbs/20_experiments.ipynb #4a7a80ce
 def _extra(section, scale):
-    "A section's own perturbations; for scales that must be quick, one severity of each corruption and one size of the occluding square."
-    thin = {"corruption": 3, "occlusion at": .25} if scale.name in QUICK else {}
+    "A section's own perturbations; at scales that must be quick, some of them at one strength only."
+    thin = QUICK.get(scale.name, {}).get("strengths", {})
     return [p for p in EXTRA.get(section, list)() if all(p.strength == s for start, s in thin.items() if p.name.startswith(start))]
 
 def _attacks(run, at):
     "`attack_perturbations` with the run's sources, which are folded once for all runs."
     for section, name in run.sources:
         if name not in at.lent: at.lent[name] = Transferred(_network_of(section, name, at.scale.seeds[0], at))
-    return attack_perturbations({name: at.lent[name] for _, name in run.sources}, **QUICK.get(at.scale.name, {}))
+    return attack_perturbations({name: at.lent[name] for _, name in run.sources}, **QUICK.get(at.scale.name, {}).get("attacks", {}))
 
 def train_run(run:Run, seed:int, at:Setting) -> dict: # metrics of the record
     "Train and measure one run."
     attacks = _attacks(run, at) if run.section in ATTACKED else []
     model, history = network(run, seed, at)
     table = evaluate(model, at.valid, standard_perturbations() + _extra(run.section, at.scale) + attacks, seed=seed, device=at.device)
-    if run.section in MEASURED: table = MEASURED[run.section](run, model, table, seed, at)
+    table, more = MEASURED[run.section](run, model, table, seed, at) if run.section in MEASURED else (table, {})
     kept = history.iloc[-1] if run.settings(at.scale).keep == "last" else history.loc[history.valid_accuracy.idxmax()] # the weights measured here
     filters = first_conv(model).weight.detach().float().cpu().numpy()
     return dict(history=history.to_dict("records"), evaluation=pack(table), train_accuracy=kept.train_accuracy,
                 valid_accuracy=kept.valid_accuracy, images_per_second=history.images_per_second.median(),
-                filters=dict(shape=filters.shape, float16=base64.b64encode(filters.astype("<f2").tobytes()).decode()),
-                **({"boxes": count_boxes(at.train), "mean_iou": _mean_iou(model, at)} if run.boxes else {}))
+                filters=dict(shape=filters.shape, float16=base64.b64encode(filters.astype("<f2").tobytes()).decode()), **more)
 
 # %% ../nbs/20_experiments.ipynb #9b59ca36
 CERTIFIED = ("baseline", "α = 0.01", "noise 0.1", "noise 0.4") # runs of the section `stability`; a certificate takes hundreds of passes for each image
 
 def _certificates(run, model, table, seed, at):
-    if run.name not in CERTIFIED: return table
-    few = {"smoke": dict(most=4, n0=5, n=20), "demo": dict(most=20, n0=10, n=100)}
-    return measure_certificates(model, at.valid, table, seed=seed, device=at.device, **few.get(at.scale.name, {}))
+    few = QUICK.get(at.scale.name, {}).get("certificates", {})
+    return measure_certificates(model, at.valid, table, seed=seed, device=at.device, **few) if run.name in CERTIFIED else table, {}
 
-def _orbit(run, model, table, seed, at): return measure_orbit(model, at.valid, table, seed=seed, device=at.device)
+def _orbit(run, model, table, seed, at): return measure_orbit(model, at.valid, table, seed=seed, device=at.device), {}
 
 def _boxes(run, model, table, seed, at):
     other = at.scale if at.scale.name in QUICK else replace(SCALES["demo"], classes=10, train_per_class=100, val_per_class=50)
-    return measure_boxes(model, at.valid, table, drawn_images(other, seed=1, **at.data), at.device) # drawn with another seed than the training images of any scale
+    table = measure_probe(model, table, *drawn_images(other, seed=1, **at.data), at.device) # drawn with another seed than the training images of any scale
+    if not run.boxes: return table, {}
+    table, mean = measure_boxes(model, table, at.valid, at.device)
+    return table, {"boxes": count_boxes(at.train), "mean_iou": mean}
 
-def _mean_iou(model, at): return 100*float(box_iou(predict_boxes(model, at.valid, device=at.device), at.valid.boxes)[known(at.valid.boxes)].mean())
-
-MEASURED = {"symmetry": _orbit, "stability": _certificates, "multi_task": _boxes} # what a section measures beyond perturbations
+MEASURED = {"symmetry": _orbit, "stability": _certificates, "multi_task": _boxes} # what a section measures beyond perturbations: the table with more rows, and more metrics
 
 # %% ../nbs/20_experiments.ipynb #5c3645e1
 def measure_members(runs:list, # with members, and the same sources

@@ -8,9 +8,9 @@ __all__ = ['attacking', 'check_attack', 'cross_entropies', 'gradient', 'fgsm', '
 
 # %% ../nbs/12_fgsm.ipynb #63547f7e
 import copy, hashlib, inspect, math
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.fx.experimental.optimization import fuse
 
 from .core import pick_device
 from .data import Batches, ImageSet
+from .models import evaluating
 from .transforms import check_images
 
 # %% ../nbs/12_fgsm.ipynb #2440681d
@@ -27,14 +28,12 @@ def attacking(model:nn.Module, # attacked inside of the `with`
               fp32:bool=True, # compute in float32; False: as the surrounding code does
              ):
     "Evaluation mode and no parameter gradients; everything is as before afterwards."
-    modes, wanted = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
     device = next((p.device.type for p, _ in wanted), "cpu")
     try:
-        model.eval()
         for p, _ in wanted: p.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad(), (torch.autocast(device, enabled=False) if fp32 else nullcontext()): yield
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad(), (torch.autocast(device, enabled=False) if fp32 else nullcontext()): yield
     finally:
-        for m, was in modes: m.training = was
         for p, was in wanted: p.requires_grad_(was)
 
 def check_attack(x:Tensor, y:Tensor, eps) -> Tensor: # the radius as a tensor that broadcasts over images
@@ -236,9 +235,11 @@ def fold_batchnorm(model:nn.Module) -> nn.Module: # a frozen copy in evaluation 
     "A copy with batch normalisation folded into the convolutions, where the model can be traced; a plain copy where not."
     still = copy.deepcopy(model).eval().requires_grad_(False)
     given = {n: p.default for n, p in inspect.signature(still.forward).parameters.items() if p.default is not p.empty} # traced as they are by default
-    try: folded = fuse(torch.fx.symbolic_trace(still, given), no_trace=True)
-    except (torch.fx.proxy.TraceError, TypeError, ValueError, NotImplementedError, RuntimeError): return still # its control flow depends on data: torch.fx cannot trace it
-    return folded.eval().requires_grad_(False)
+    try: traced = torch.fx.symbolic_trace(still, given)
+    except Exception: return still # tracing runs the model's own code on stand-ins for tensors, where anything in it may fail
+    calls = Counter(n.target for n in traced.graph.nodes if n.op == "call_module" and isinstance(traced.get_submodule(n.target), (nn.Conv2d, nn.BatchNorm2d)))
+    if max(calls.values(), default=1) > 1: return still # a layer that is used twice would be folded twice
+    return fuse(traced, no_trace=True).eval().requires_grad_(False)
 
 # %% ../nbs/12_fgsm.ipynb #e92df570
 def strong_attacks(classes:int, # outputs of the model

@@ -19,7 +19,8 @@ import torch
 from .claims import plot_claims
 from .core import COLORS, Scale, generator, model_colors, normalized, set_style
 from .data import ImageSet, show_images
-from .evaluation import ORBIT, plot_bars, plot_strength, show_perturbations, spread_over, standard_perturbations
+from .perturbations import ORBIT, show_perturbations, standard_perturbations
+from .evaluation import plot_bars, plot_strength, spread_over
 from .experiments import ATTACKED, describe_data, scale_data, trained_model
 from .tables import by_name, filters, one_setting, pool
 from .fgsm import attacking, gradient

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from .core import choose, generator, pick_device
 from .data import Batch, Batches, ImageSet
-from .models import Classifier
+from .models import Classifier, evaluating
 
 # %% ../nbs/16_multi_task.ipynb #06b4383f
 def known(boxes:Tensor) -> Tensor: # bool (N,)
@@ -66,12 +66,9 @@ def predict_boxes(model:Classifier, # built with boxes=True
                   device=None, # where to compute, and where the network stays; None: the best there is
                  ) -> Tensor: # (N,4) on the CPU, x0,y0,x1,y1 in [0,1]
     "Where the network says that the objects are, in evaluation mode."
-    device, modes = pick_device(device), {m: m.training for m in model.modules()}
-    try:
-        model.to(device).eval()
+    device = pick_device(device)
+    with evaluating(model.to(device)):
         return torch.cat([model(b.images, boxes=True)[1].cpu() for b in Batches(images, batch_size, device=device)])
-    finally:
-        for m, was in modes.items(): m.training = was
 
 # %% ../nbs/16_multi_task.ipynb #2d310dd5
 def saliency(images:Tensor, # uint8 (N,3,H,W)
@@ -135,14 +132,12 @@ def trunk_features(model:Classifier, # whose last stage is a head
                   ) -> Tensor: # float32 (N,F) on the CPU
     "What the head is given, in evaluation mode."
     if "head" not in model.stages: raise ValueError(f"model: {model.config['name']} does not end with a linear layer, before which its features could be taken")
-    device, modes, seen = pick_device(device), {m: m.training for m in model.modules()}, []
+    device, seen = pick_device(device), []
     hook = model.to(device).stage("head")[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(1).float().cpu()))
     try:
-        model.eval()
-        for b in Batches(images, batch_size, device=device): model(b.images)
-    finally:
-        hook.remove()
-        for m, was in modes.items(): m.training = was
+        with evaluating(model):
+            for b in Batches(images, batch_size, device=device): model(b.images)
+    finally: hook.remove()
     return torch.cat(seen)
 
 # %% ../nbs/16_multi_task.ipynb #dbee013c

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .core import choose
-from .evaluation import standard_perturbations
+from .perturbations import standard_perturbations
 from .tables import one_setting
 from .grids import SECTIONS
 

@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from scipy.stats import norm
 
-from .evaluation import ADAPTIVE, ORBIT, unpack
+from .perturbations import ADAPTIVE, ORBIT
+from .evaluation import unpack
 
 # %% ../nbs/18_tables.ipynb #8f0a98ff
 def one_setting(records:list) -> list:

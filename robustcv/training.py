@@ -8,7 +8,6 @@ __all__ = ['cross_entropy', 'Training', 'autocast', 'accuracy', 'Checkpoint', 'f
 # %% ../nbs/04_training.ipynb #525f5714
 import hashlib, io, json, math, time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .core import atomic_path, choose, derive_seed, describe, generator, model_colors, pick_device
 from .data import Batch, Batches, ImageSet, take
-from .models import Classifier, save_model
+from .models import Classifier, evaluating, save_model
 from .symmetry import RandomSymmetry, orbit_features, split_at, symmetrize, turned
 from .transforms import Transform
 
@@ -75,12 +74,11 @@ def accuracy(model:nn.Module, # to measure, in evaluation mode meanwhile
              precision:str="auto", # see `Training`
             ) -> Tensor: # (2,) int64: correct and total
     "Count correct predictions."
-    mode, counts = {m: m.training for m in model.modules()}, torch.zeros(2, dtype=torch.int64, device=batches.device)
-    model.eval()
-    for b in batches:
-        with autocast(batches.device, precision): predicted = model(b.images.contiguous(memory_format=torch.channels_last)).argmax(1)
-        counts += torch.stack([(predicted == b.labels).sum(), torch.tensor(len(predicted), device=batches.device)])
-    for m, was in mode.items(): m.training = was
+    counts = torch.zeros(2, dtype=torch.int64, device=batches.device)
+    with evaluating(model), autocast(batches.device, precision):
+        for b in batches:
+            predicted = model(b.images.contiguous(memory_format=torch.channels_last)).argmax(1)
+            counts += torch.stack([(predicted == b.labels).sum(), torch.tensor(len(predicted), device=batches.device)])
     return counts
 
 # %% ../nbs/04_training.ipynb #f7d0e258

@@ -15,7 +15,8 @@ from robustcv import claims
 from robustcv.claims import (AFFINE, CLAIMS, CLEAN, LESS, MORE, NEEDS, NOTEBOOKS, TRADE_OFF, Claim, _each, Difference, deciding, differences, ledger, missing, paired, plot_claims,
                              seed_spread, spread, summary, summary_table, verdict, widened)
 from robustcv.core import generator
-from robustcv.evaluation import attack_perturbations, compare, standard_perturbations, wilson
+from robustcv.perturbations import attack_perturbations, standard_perturbations
+from robustcv.evaluation import compare, wilson
 from robustcv.experiments import ATTACKED, EXTRA
 from robustcv.tables import by_name
 from robustcv.grids import SECTIONS

@@ -20,7 +20,8 @@ from robustcv.core import generator, model_colors
 from robustcv.data import load_tiny_imagenet, take
 from robustcv.ensemble import (AVERAGES, Ensemble, Tempered, combine, disagreement, expected_calibration_error, fit_temperature, plot_reliability, predict,
                                reliability, without)
-from robustcv.evaluation import evaluate, standard_perturbations
+from robustcv.evaluation import evaluate
+from robustcv.perturbations import standard_perturbations
 from robustcv.fgsm import fgsm, fold_batchnorm, pgd
 from robustcv.models import Classifier
 from robustcv.stability import certify

@@ -14,9 +14,10 @@ from torchvision.transforms.v2 import functional as tv
 from robustcv.core import IMAGENET_STD, normalized
 from robustcv.data import ImageSet
 from robustcv.fgsm import Transferred, fgsm
-from robustcv.evaluation import (COLUMNS, Perturbation, TrustWarning, add_noise, attack_perturbations, check_trust, color_perturbations, compare, erase_perturbations,
-                                 evaluate, occlude, pack, plot_bars, plot_confusions, plot_strength, show_perturbations, standard_perturbations,
-                                 unpack, wilson)
+from robustcv.evaluation import COLUMNS, TrustWarning, check_trust, compare, evaluate, pack, plot_bars, plot_confusions, plot_strength, unpack, wilson
+from robustcv.perturbations import (Perturbation, attack_perturbations, color_perturbations, erase_perturbations, occlude, show_perturbations,
+                                    standard_perturbations)
+from robustcv.stability import add_noise
 
 STANDARD, COLOR, ERASE = standard_perturbations(), color_perturbations(), erase_perturbations(2)
 CLEAN = STANDARD[:1]
@@ -111,12 +112,12 @@ class Broken(nn.Module):
 
 def test_outputs_that_are_not_finite_are_refused_and_the_mode_comes_back():
     model = Broken().train()
-    with pytest.warns(TrustWarning), pytest.raises(ValueError, match="outputs are not finite"): table(model)
+    with pytest.warns(TrustWarning), pytest.raises(ValueError, match="model: its outputs are not finite"): table(model)
     assert model.training
 
 
 def test_outputs_that_are_not_finite_later_on_are_refused_too():
-    with pytest.raises(ValueError, match="outputs are not finite"):
+    with pytest.raises(ValueError, match="outputs of the model are not finite"):
         table(perturbations=[*CLEAN, Perturbation("0/0", lambda x, y, m: x*math.nan)])
 
 @pytest.mark.parametrize("apply", [lambda x, y, m: x[:3], lambda x, y, m: x[:, :1], lambda x, y, m: x.repeat(2, 1, 1, 1)])

@@ -14,7 +14,8 @@ from scipy.stats import norm
 from robustcv import experiments
 from robustcv.core import SCALES, append_record, describe, load_records
 from robustcv.data import load_tiny_imagenet
-from robustcv.evaluation import ORBIT, COLUMNS, Perturbation, standard_perturbations, unpack
+from robustcv.perturbations import ORBIT, Perturbation, standard_perturbations
+from robustcv.evaluation import COLUMNS, unpack
 from robustcv.experiments import Run, describe_data, run_section, scale_data
 from robustcv.tables import by_name, caption, corruption_table, member_table, filters, one_setting, orientation_table, pool, table
 from robustcv.figures import (draw_figures, draw_models, plot_attacks, plot_corruptions, plot_cost, plot_degraded, plot_example, plot_fields, plot_occlusion, plot_orientations,

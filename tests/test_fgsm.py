@@ -9,10 +9,24 @@ from torch import nn
 
 from robustcv.core import SCALES, generator, normalized
 from robustcv.data import ImageSet
+from robustcv.ensemble import Ensemble
 from robustcv.experiments import scale_data
-from robustcv.fgsm import (Transferred, apgd, attacking, dlr_towards, fgsm, fold_batchnorm, gradient, pgd, square, strong_attacks, worst_case,
-                           transfer_table)
+from robustcv.fgsm import (
+    Transferred,
+    apgd,
+    attacking,
+    dlr_towards,
+    fgsm,
+    fold_batchnorm,
+    gradient,
+    pgd,
+    square,
+    strong_attacks,
+    transfer_table,
+    worst_case,
+)
 from robustcv.models import build_model
+from robustcv.symmetry import symmetrize
 from robustcv.synthetic import make_synthetic
 from robustcv.training import Training, fit
 
@@ -224,3 +238,29 @@ def test_apgd_stops_when_every_image_is_turned(x):
     Counting.calls = 0
     adv = apgd(model, x, y, .01, 50, generator=generator(0))
     assert Counting.calls == 1 and (adv - x).abs().max() <= .01 + 1e-6 and (model(adv).argmax(1) != y).all()
+
+
+def with_statistics(model):
+    "Batch normalisation that has seen something."
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 2)
+    return model.eval()
+
+def test_a_layer_that_is_used_twice_is_not_folded_twice():
+    torch.manual_seed(0); one = with_statistics(build_model("shufflenet_v2_x0_5", 4)); x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        for model in (Ensemble([one, one]), symmetrize(one), nn.Sequential(one.net.conv1, nn.Conv2d(24, 24, 1), nn.Flatten(), nn.LazyLinear(4)).eval()):
+            expected = model(x)
+            torch.testing.assert_close(fold_batchnorm(model)(x), expected, rtol=1e-4, atol=1e-4)
+
+def test_a_model_that_cannot_be_traced_is_attacked_as_it_is():
+    class Picky(nn.Module):
+        "Looks at its input, which a stand-in for a tensor does not have."
+        def __init__(self, error): super().__init__(); self.lin, self.error = nn.Linear(3*8*8, 4), error
+        def forward(self, x):
+            if not isinstance(x, torch.Tensor): raise self.error("no tensor")
+            return self.lin(x.flatten(1))
+    x, y = torch.rand(3, 3, 8, 8), torch.tensor([0, 1, 2])
+    for error in (ValueError, KeyError, AssertionError):
+        model = Picky(error)
+        assert torch.equal(fgsm(fold_batchnorm(model), x, y, .1), fgsm(model, x, y, .1))

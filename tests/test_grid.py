@@ -13,7 +13,9 @@ from robustcv import experiments
 from robustcv.core import SCALES, append_record, load_records
 from robustcv.data import cache_folder, load_data, load_tiny_imagenet
 from robustcv.ensemble import Ensemble, combine
-from robustcv.evaluation import Perturbation, add_noise, affine_perturbations, evaluate, evaluate_together, unpack
+from robustcv.perturbations import Perturbation, affine_perturbations
+from robustcv.stability import add_noise
+from robustcv.evaluation import evaluate, evaluate_together, unpack
 from robustcv.experiments import Run, describe_data, plan, run_sections, scale_data, show_plan, trained_model
 from robustcv.tables import box_table
 from robustcv.grids import DEMO, KEPT, SECTIONS, together
@@ -128,7 +130,7 @@ def test_members_that_cannot_be_measured_say_so(tiny):
     clean = [Perturbation("clean", lambda x, y, m: x)]
     with pytest.raises(ValueError, match="members: few has 3 outputs, .* has 4 classes"): evaluate_together({"few": few}, {"all": ["few"]}, images, clean)
     with torch.no_grad(): broken.stage("head")[0].bias.fill_(math.nan)
-    with pytest.raises(ValueError, match="perturbation 'clean': the outputs of broken are not finite"): evaluate_together({"broken": broken}, {"all": ["broken"]}, images, clean)
+    with pytest.raises(ValueError, match="perturbation 'clean': the outputs of all are not finite"): evaluate_together({"broken": broken}, {"all": ["broken"]}, images, clean)
     model = build_model(MODEL, 4).train()
     evaluate_together({"m": model}, {"all": ["m"]}, images, clean)
     assert model.training

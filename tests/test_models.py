@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
 from robustcv.core import IMAGENET_MEAN, IMAGENET_STD
-from robustcv.models import _load_state, build_model, first_conv, load_model, save_model, show_filters
+from robustcv.models import _load_state, build_model, evaluating, first_conv, load_model, save_model, show_filters
 
 SMALL = "shufflenet_v2_x0_5" # the smallest of torchvision's networks
 FAMILIES = ["resnet18", "resnet50", "densenet121", "mobilenet_v3_small", "vgg11", "convnext_tiny", "googlenet", "swin_t"]
@@ -295,3 +295,13 @@ def test_a_file_with_torchvision_s_old_densenet_names_loads_as_weights(tmp_path)
     torch.save(old, tmp_path/"densenet.pth")
     loaded = build_model("densenet121", 5, weights=tmp_path/"densenet.pth").net.state_dict()
     assert all(v.equal(loaded[k]) for k, v in source.net.state_dict().items())
+
+
+def test_evaluation_mode_is_lent_and_every_module_gets_its_own_back():
+    model = build_model("resnet18", 4).train().freeze_below("layer3")
+    before = {n: m.training for n, m in model.named_modules()}
+    assert len(set(before.values())) == 2
+    with pytest.raises(KeyError), evaluating(model, other := build_model("resnet18", 4).train()):
+        assert not any(m.training for m in (*model.modules(), *other.modules()))
+        raise KeyError
+    assert {n: m.training for n, m in model.named_modules()} == before and all(m.training for m in other.modules())

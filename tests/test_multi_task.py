@@ -9,7 +9,8 @@ from torchvision.ops import box_iou as all_pairs
 from torchvision.ops import generalized_box_iou
 
 from robustcv.data import Batch, Batches, ImageSet, load_tiny_imagenet
-from robustcv.evaluation import COLUMNS, affine_perturbations, evaluate, measure_boxes
+from robustcv.evaluation import COLUMNS, evaluate, measure_boxes, measure_probe
+from robustcv.perturbations import affine_perturbations
 from robustcv.fgsm import fgsm, fold_batchnorm
 from robustcv.figures import plot_boxes, plot_worst_boxes
 from robustcv.models import build_model, load_model, save_model
@@ -276,13 +277,15 @@ def test_affine_perturbations_are_torchvisions():
 
 def test_boxes_and_the_probe_are_measured(model):
     data, other = images(12), (images(16, seed=1), images(8, seed=2))
-    for net, extra in ((model.eval(), ["box"]), (build_model(MODEL, 4).eval(), [])):
-        start = evaluate(net, data, affine_perturbations()[:1])
-        t = measure_boxes(net, data, start, other)
-        assert list(t) == COLUMNS and t.perturbation.tolist()[1:] == ["linear probe: images", *extra] and t.n.tolist()[1] == 8
+    for net in (model.eval(), build_model(MODEL, 4).eval()):
+        t = measure_probe(net, evaluate(net, data, affine_perturbations()[:1]), *other)
+        assert list(t) == COLUMNS and t.perturbation.tolist()[1:] == ["linear probe: images"] and t.n.tolist() == [12, 8]
+        assert t.hits.iloc[1].tolist() == (linear_probe(net, *other) == other[1].labels).tolist()
+    data.boxes[2] = 0
+    t, mean = measure_boxes(model, t, data)
     overlap = box_iou(predict_boxes(model, data), data.boxes)
-    t = measure_boxes(model, data, evaluate(model, data, affine_perturbations()[:1]), other)
-    assert t.hits.iloc[-1].tolist() == (overlap >= .5).tolist()
+    assert t.perturbation.iloc[-1] == "box" and t.hits.iloc[-1].tolist() == (overlap >= .5).tolist()
+    assert mean == pytest.approx(100*overlap[known(data.boxes)].mean().item())
 
 def test_the_worst_boxes_are_drawn_in_rows_of_one_defect():
     tiny, whole, fine = [.1, .1, .2, .2], [0., 0, 1, 1], [.2, .2, .8, .8]

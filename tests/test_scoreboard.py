@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from robustcv.core import SCALES
-from robustcv.evaluation import standard_perturbations
+from robustcv.perturbations import standard_perturbations
 from robustcv.experiments import _training
 from robustcv.figures import draw_figures, draw_summary
 from robustcv.grids import SECTIONS

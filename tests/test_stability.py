@@ -11,7 +11,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from robustcv.core import generator, normalized
 from robustcv.data import Batch, ImageSet
-from robustcv.evaluation import Perturbation, evaluate, measure_certificates, spread_over
+from robustcv.perturbations import Perturbation
+from robustcv.evaluation import evaluate, measure_certificates, spread_over
 from robustcv.stability import (SEVERITIES, RandomNoise, certified_accuracy, certify, corrupt, defocus, divergence, jpeg, lower_bound, pixelate,
                                 rescale, salt_and_pepper, shot_noise, stability_loss, uniform_noise)
 

@@ -10,7 +10,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from robustcv.core import SCALES, generator
 from robustcv.data import Batches
-from robustcv.evaluation import evaluate, measure_orbit, standard_perturbations, symmetry_perturbations
+from robustcv.evaluation import evaluate, measure_orbit
+from robustcv.perturbations import standard_perturbations, symmetry_perturbations
 from robustcv.experiments import scale_data
 from robustcv.models import build_model
 from robustcv.symmetry import (ELEMENTS, RandomSymmetry, _by_element, _by_pixel, apply_symmetry, compose, inverse, orbit_features,
