@@ -15,7 +15,7 @@ import typer
 
 from .claims import ledger, summary_table
 from .core import SCALES, atomic_path, choose, device_name, load_records, pick_device, seed_everything, set_style
-from .data import load_data
+from .data import known_boxes, load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, unpack
 from .tables import caption, markdown, table
@@ -79,7 +79,7 @@ def info(folder:Path=typer.Argument(..., help="Tiny ImageNet, a folder with trai
     "Say what an image folder holds.\n\nExample: `robustcv data info photos --size 64`"
     for name, s in zip(("training", "validation"), load_data(folder, size)):
         counts = s.labels.bincount(minlength=len(s.classes))
-        empty = 0 if s.boxes is None else int(((s.boxes[:, 2] <= s.boxes[:, 0]) | (s.boxes[:, 3] <= s.boxes[:, 1])).sum())
+        empty = 0 if s.boxes is None else int((~known_boxes(s.boxes)).sum())
         boxes = "no boxes" if s.boxes is None else f"boxes ({empty} empty)"
         print(f"{name}: {len(s):,} images of {s.images.shape[3]}×{s.images.shape[2]} pixels, {len(s.classes)} classes "
               f"({counts.min()} to {counts.max()} images each), {boxes}, fingerprint {s.fingerprint}")
@@ -195,17 +195,14 @@ def write_report(path, # HTML file to write
                 ) -> str: # its path, or why there is none
     "`21_claims` executed on these records, as a page whose links lead to notebooks and records."
     notebook = Path(__file__).resolve().parent.parent/"nbs"/"21_claims.ipynb"
-    try: import nbconvert, nbformat
+    try: import nbclient, nbconvert, nbformat
     except ImportError: return "none: it needs nbconvert (`pip install jupyterlab`)"
     if not notebook.is_file(): return f"none: {notebook} is not there; it comes with a checkout of the repository"
     nb = nbformat.read(notebook, 4)
-    env = {"ROBUSTCV_RESULTS": str(Path(results).resolve()), "ROBUSTCV_SCALE": scale}
-    before = {k: os.environ.get(k) for k in env}
-    os.environ.update(env)
-    try: nbconvert.preprocessors.ExecutePreprocessor(timeout=600).preprocess(nb, {"metadata": {"path": str(notebook.parent)}})
-    except Exception as e: return f"none: {notebook.name} cannot be executed on {results} ({(str(e).strip() or repr(e)).splitlines()[-1][:200]})" # whatever a kernel or a cell may raise
-    finally:
-        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+    client = nbclient.NotebookClient(nb, timeout=600, resources={"metadata": {"path": str(notebook.parent)}})
+    try: client.execute(env={**os.environ, "ROBUSTCV_RESULTS": str(Path(results).resolve()), "ROBUSTCV_SCALE": scale})
+    except (nbclient.exceptions.CellExecutionError, nbclient.exceptions.DeadKernelError, nbclient.exceptions.CellTimeoutError) as e:
+        return f"none: {notebook.name} cannot be executed on {results} ({(str(e).strip() or repr(e)).splitlines()[-1][:200]})"
     page, _ = nbconvert.HTMLExporter(exclude_input=True).from_notebook_node(nb)
     page = page.replace("<head>", f'<head><base href="{notebook.parent.as_uri()}/">', 1) # links lead to the notebooks beside this one
     with atomic_path(path) as part: part.write_text(page, encoding="utf-8")

@@ -20,7 +20,7 @@ from scipy.stats import norm, t as student
 from .core import generator
 from .perturbations import ADAPTIVE, ORBIT
 from .evaluation import compare, unpack, wilson
-from .tables import by_name, filters, one_setting
+from .tables import accuracies, by_name, filters, mean_and_half, one_setting
 from .grids import KEPT
 from .symmetry import selectivity
 
@@ -49,7 +49,7 @@ def _each(where): return (where,) if isinstance(where[0], str) else where # a pe
 
 def _accuracy(record, where=CLEAN):
     "In %; None where it was not measured."
-    by = {(e["perturbation"], e["strength"]): 100*e["correct"]/e["n"] for e in record["metrics"]["evaluation"]}
+    by = accuracies(record)
     return float(np.mean([by[p] for p in _each(where)])) if set(_each(where)) <= set(by) else None
 
 def _shares(records, where):
@@ -68,7 +68,7 @@ def _common(records):
     return tuple(p for p in sizes[0] if p[0].split(":")[0] not in DERIVED + ADAPTIVE and all(s.get(p) == s.get(CLEAN) for s in sizes))
 
 # %% ../nbs/21_claims.ipynb #52958ebd
-def _trained(record):
+def _recipe(record):
     "What the network of a record was trained like, whichever section measured it; empty for one network measured as an ensemble."
     run = record["config"].get("run", {}) if "config" in record else {}
     if len(run.get("members", ())) == 1: return ""
@@ -81,7 +81,7 @@ def spread(records:list, # of any runs
     "How much a number varies from seed to seed, pooled over the networks that have several; one that several sections measure counts once."
     groups = {}
     for r in records:
-        if (what := _trained(r)) and (value := measure(r)) is not None: groups.setdefault(what, {}).setdefault(r["seed"], value)
+        if (what := _recipe(r)) and (value := measure(r)) is not None: groups.setdefault(what, {}).setdefault(r["seed"], value)
     groups = [list(g.values()) for g in groups.values() if len(g) > 1]
     df = sum(len(g) - 1 for g in groups)
     return (math.sqrt(sum(np.var(g, ddof=1)*(len(g) - 1) for g in groups)/df) if df else 0.), df
@@ -111,7 +111,7 @@ def paired(before:list, # records of a run, one a seed
         value, (low, high) = c["difference"], (c["low"], c["high"])
     else:
         change = 100*(_shares(after, now) - _shares(before, was))
-        value, half = change.mean(), norm.ppf(.5 + confidence/2)*change.std(ddof=1)/len(change)**.5
+        value, half = mean_and_half(change, confidence)
         low, high = value - half, value + half
     return widened(value, low, high, seeds, 1/len(before) + 1/len(after), confidence)
 

@@ -18,10 +18,10 @@ from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
 from .core import derive_seed, model_colors, normalized, pick_device
-from .data import Batches, ImageSet, take
+from .data import Batches, ImageSet, known_boxes, take
 from .ensemble import combine
 from .models import evaluating
-from .multi_task import box_iou, known, linear_probe, predict_boxes
+from .multi_task import box_iou, linear_probe, predict_boxes
 from .perturbations import ORBIT, Perturbation, standard_perturbations
 from .stability import certify
 from .symmetry import symmetrize
@@ -163,7 +163,7 @@ def measure_boxes(model:nn.Module, # built with boxes=True
     start = time.perf_counter()
     overlap = box_iou(predict_boxes(model, images, device=device), images.boxes)
     row = _row("box", .5, "intersection over union, at least", (overlap >= .5).numpy(), time.perf_counter() - start)
-    return _more(table, [row]), 100*float(overlap[known(images.boxes)].mean())
+    return _more(table, [row]), 100*float(overlap[known_boxes(images.boxes)].mean())
 
 def _more(table, rows): return pd.concat([table, pd.DataFrame(rows, columns=COLUMNS)], ignore_index=True)
 

@@ -25,7 +25,7 @@ from .perturbations import (affine_perturbations, attack_perturbations, color_pe
                                     standard_perturbations, symmetry_perturbations)
 from .evaluation import evaluate, evaluate_together, measure_boxes, measure_certificates, measure_orbit, measure_probe, pack, spread_over
 from .fgsm import Transferred
-from .grids import KEPT, SECTIONS, Run
+from .grids import KEPT, SECTIONS, Run, find_run
 from .models import build_model, first_conv, load_model, save_model
 from .multi_task import count_boxes, degrade_boxes
 from .synthetic import make_synthetic
@@ -81,31 +81,26 @@ class Setting:
     @property
     def about(self) -> dict: return describe_data(self.train, self.valid)
 
-def _identity(run, scale, seed, about, folder):
-    "A run's configuration, its id, and the folder of its checkpoints and network."
+def _identity(run, scale, seed, about):
+    "A run's configuration, and the id of its record."
     config = describe(dict(run=run, training=run.settings(scale)))
-    id = run_id(run.section, run.name, scale.name, config, seed, about)
-    return config, id, Path(folder)/scale.name/run.section/f"{run.name.replace(' ', '')}-{seed}-{id[:6]}"
+    return config, run_id(run.section, run.name, scale.name, config, seed, about)
 
-def _training(run, scale):
-    "All that a training depends on, seed and data apart, as a string."
-    return json.dumps(describe(dict(run=replace(run, section="", name="", sources=()), training=run.settings(scale))), sort_keys=True)
+def _home(run, scale, seed, about, folder):
+    "The folder of a run's network and checkpoints: the same for all runs with the same training, in whichever section."
+    _, id = _identity(replace(run, section="", name="", sources=()), scale, seed, about)
+    return Path(folder)/scale.name/f"{run.model}-{seed}-{id[:8]}"
 
-def _trained(run, scale, seed, about, folder):
-    "The folder of a finished training like this run's, in whichever section; None if there is none."
-    own = _training(run, scale)
-    for other in [run, *(r for runs in SECTIONS.values() for r in runs() if not r.members)]:
-        if (other is run or _training(other, scale) == own) and ((where := _identity(other, scale, seed, about, folder)[2])/"history.json").is_file(): return where
+def _is_trained(home): return (home/"history.json").is_file() # which is written last
 
 # %% ../nbs/20_experiments.ipynb #c8982f4e
 def network(run:Run, seed:int, at:Setting) -> tuple: # `Classifier` in evaluation mode, and its learning curve as a data frame
     "The network of a run and how it learnt: found, or trained now."
-    where = _trained(run, at.scale, seed, at.about, at.folder)
-    if where is None:
-        where = _identity(run, at.scale, seed, at.about, at.folder)[2]
+    where = _home(run, at.scale, seed, at.about, at.folder)
+    if not _is_trained(where):
         model, history = _train(run, seed, at, where)
         save_model(model, where/"model.safetensors")
-        with atomic_path(where/"history.json") as part: part.write_text(json.dumps(history.to_dict("records"))) # the last: it says that all is there
+        with atomic_path(where/"history.json") as part: part.write_text(json.dumps(history.to_dict("records")))
         (where/"state.pt").unlink(missing_ok=True) # nothing to resume
     return load_model(where/"model.safetensors"), pd.DataFrame(json.loads((where/"history.json").read_text()))
 
@@ -119,8 +114,8 @@ def _train(run, seed, at, where):
 
 def _network_of(section, name, seed, at):
     "The network of another run."
-    run = next(r for r in SECTIONS[section]() if r.name == name)
-    if _trained(run, at.scale, seed, at.about, at.folder) is None: at.say(f"{section} / {name}, seed {seed}: its network is needed, and trained first")
+    run = find_run(section, name)
+    if not _is_trained(_home(run, at.scale, seed, at.about, at.folder)): at.say(f"{section} / {name}, seed {seed}: its network is needed, and trained first")
     return network(run, seed, at)[0]
 
 def trained_model(section:str, name:str, # of the run
@@ -129,10 +124,10 @@ def trained_model(section:str, name:str, # of the run
                   seed:int|None=None, # None: the scale's first
                  ): # `Classifier` in evaluation mode
     "The network that a run, or another with the same training, left behind; a `FileNotFoundError` says which run would."
-    run, seed = next(r for r in SECTIONS[section]() if r.name == name), scale.seeds[0] if seed is None else seed
-    where = _trained(run, scale, seed, about, folder)
-    if where is None: raise FileNotFoundError(f"{folder}: the network of {section} / {name}, seed {seed}, is not there; `robustcv run {section} --only '{name}' "
-                                              f"--scale {scale.name} --results elsewhere` trains it, with the same data")
+    run, seed = find_run(section, name), scale.seeds[0] if seed is None else seed
+    where = _home(run, scale, seed, about, folder)
+    if not _is_trained(where): raise FileNotFoundError(f"{where}: the network of {section} / {name}, seed {seed}, is not there; `robustcv run {section} "
+                                                       f"--only '{name}' --scale {scale.name} --results elsewhere` trains it, with the same data")
     return load_model(where/"model.safetensors")
 
 # %% ../nbs/20_experiments.ipynb #4a7a80ce
@@ -225,7 +220,7 @@ def plan(sections:list, # names of sections
     records = [r for r in load_records(results) if r["scale"] == scale.name]
     done, there, jobs = {r["id"] for r in records}, set(), []
     for run, seed in ((r, s) for r in _chosen(sections, names) for s in (scale.seeds if seeds is None else seeds)):
-        config, id, _ = _identity(run, scale, seed, about, folder)
+        config, id = _identity(run, scale, seed, about)
         lacks = _lacking(run, seed, scale, about, folder) - there
         status = "on record" if id in done else "to train" if lacks else "to measure"
         if status != "on record": there |= lacks
@@ -233,11 +228,12 @@ def plan(sections:list, # names of sections
     return jobs
 
 def _lacking(run, seed, scale, about, folder):
-    "The trainings that a run needs, its own included, and that are not there, as a set."
-    if not run.members and _trained(run, scale, seed, about, folder): return set()
+    "The folders of networks that a run needs, its own included, and that are not there."
+    own = set() if run.members else {_home(run, scale, seed, about, folder)}
+    if own and _is_trained(*own): return set()
     others = [(m, seed) for m in (*run.members, *([run.start] if run.start else []))] + [(m, scale.seeds[0]) for m in run.sources if run.section in ATTACKED or run.members]
-    needs = [_lacking(next(r for r in SECTIONS[s]() if r.name == n), k, scale, about, folder) for (s, n), k in others]
-    return set().union(*needs, set() if run.members else {(_training(run, scale), seed)})
+    needs = [_lacking(find_run(*m), k, scale, about, folder) for m, k in others]
+    return own.union(*needs)
 
 def _chosen(sections, names):
     "Runs by the names of sections and runs; a `ValueError` for a name that does not exist."

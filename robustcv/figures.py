@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_runs', 'plot_fields', 'plot_occlusion', 'plot_attacks', 'plot_watched', 'plot_example', 'plot_trade_off',
            'plot_corruptions', 'plot_orientations', 'plot_selectivity', 'plot_cost', 'plot_degraded', 'plot_response',
-           'show_filters', 'draw_figures', 'draw_summary', 'plot_boxes', 'plot_worst_boxes', 'draw_models']
+           'draw_figures', 'draw_summary', 'plot_boxes', 'plot_worst_boxes', 'draw_models']
 
 # %% ../nbs/22_figures.ipynb #6c9988d2
 import warnings
@@ -24,6 +24,7 @@ from .evaluation import plot_bars, plot_strength, spread_over
 from .experiments import ATTACKED, describe_data, scale_data, trained_model
 from .tables import by_name, filters, one_setting, pool
 from .fgsm import attacking, gradient
+from .models import show_filters
 from .multi_task import box_iou, box_quality, predict_boxes
 from .scoreboard import plot_scoreboard, scoreboard
 from .symmetry import ELEMENTS, rotation_response, selectivity
@@ -270,12 +271,6 @@ def plot_response(models:dict, # name to a `Classifier`
         ax.set(title=f"{name}\nvariation {100*float(r.std(1).mean()):.0f} %", xlabel="rotation (degrees)"); ax.tick_params(length=0, labelrotation=0)
     axes[0, 0].set_ylabel(f"channels of {stage}")
     return fig
-
-# %% ../nbs/22_figures.ipynb #f8669cf4
-def show_filters(w:torch.Tensor, # (O,3,k,k)
-                ): # the figure
-    "First-layer filters, each over its own range; gray is zero."
-    return show_images(.5 + .5*w/w.abs().amax((1, 2, 3), keepdim=True), columns=16, size=.5)
 
 # %% ../nbs/22_figures.ipynb #9ae7cd3f
 def draw_figures(records:list, # of one section, scale and data set

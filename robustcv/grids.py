@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'SECTIONS', 'DEMO', 'Run', 'baseline', 'color_jitter', 'random_erase', 'attacked', 'adversarial', 'stable',
-           'symmetric', 'multi_tasked', 'together']
+           'symmetric', 'multi_tasked', 'together', 'find_run']
 
 # %% ../nbs/19_grids.ipynb #4f733043
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from .adversarial_training import (FreeAdversarial, WarmUp, WatchPGD, adversarial_data_loss, adversarial_loss, fgsm_rs_loss, pgd_loss,
                                            trades_loss)
 from .color_jitter import ColorJitter
-from .core import Scale, normalized
+from .core import Scale, choose, normalized
 from .multi_task import multi_task_loss
 from .random_erase import GaussianDistortion, RandomErase
 from .stability import RandomNoise, stability_loss
@@ -133,6 +133,11 @@ def together() -> list[Run]:
 # %% ../nbs/19_grids.ipynb #5aa2f794
 SECTIONS = {"baseline": baseline, "color_jitter": color_jitter, "random_erase": random_erase, "fgsm": attacked, "adversarial_training": adversarial,
             "stability": stable, "symmetry": symmetric, "multi_task": multi_tasked, "ensemble": together}
+
+def find_run(section:str, name:str) -> Run:
+    "A run by the name of its section and its own."
+    runs = {r.name: r for r in SECTIONS[choose("section", section, SECTIONS)]()}
+    return runs[choose("run", name, runs)]
 
 # %% ../nbs/19_grids.ipynb #8926d8e3
 DEMO = {"baseline": ("flip + crop", "plain"), "color_jitter": ("baseline", "contrast 5"), "random_erase": ("baseline", "E", "FE", "FCE"),

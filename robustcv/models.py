@@ -232,10 +232,10 @@ def first_conv(model:nn.Module) -> nn.Conv2d:
         if isinstance(m, nn.Conv2d): return m
     raise ValueError(f"{type(model).__name__} has no convolution")
 
-def show_filters(model:nn.Module, # any network that begins with a convolution of 3 channels
+def show_filters(filters:nn.Module|Tensor, # a network that begins with a convolution of 3 channels, or such filters (O,3,k,k)
                  columns:int=16, # filters a row
                 ): # the figure
-    "The first layer's filters as images, each scaled to its own largest weight."
-    w = first_conv(model).weight.detach().float().cpu()
+    "The first layer's filters as images, each scaled to its own largest weight; gray is zero."
+    w = filters if isinstance(filters, Tensor) else first_conv(filters).weight.detach().float().cpu()
     if w.shape[1] != 3: raise ValueError(f"the first convolution has {w.shape[1]} input channels; only 3 can be shown as colours")
     return show_images(0.5 + 0.5*w/w.abs().amax((1, 2, 3), keepdim=True), columns=columns, size=0.55)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .core import choose
 from .perturbations import standard_perturbations
-from .tables import one_setting
+from .tables import accuracies, one_setting
 from .grids import SECTIONS
 
 # %% ../nbs/23_scoreboard.ipynb #e581bf12
@@ -26,7 +26,7 @@ REPEATED = [*[(s, "baseline") for s in ("color_jitter", "random_erase", "adversa
 
 def _by_family(record):
     "Mean accuracy by family, in %; NaN where one of its standard perturbations, or all of the others, were not measured."
-    by = {(e["perturbation"], e["strength"]): 100*e["correct"]/e["n"] for e in record["metrics"]["evaluation"]}
+    by = accuracies(record)
     standard = [(p.name, None if math.isnan(p.strength) else p.strength) for p in standard_perturbations()]
     means = {family: np.mean([by.get(p, np.nan) for p in standard if p[0] in names]) for family, names in FAMILIES.items()}
     for family, pattern in FURTHER.items():

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .data import known_boxes
+
 # %% ../nbs/02_transforms.ipynb #23f835ed
 def check_images(x): # a batch
     "Raise a `ValueError` that says what is wrong if `x` is not a float batch (B,3,H,W) with at least one image."
@@ -72,8 +74,7 @@ class Transform(nn.Module):
         parameters = self.draw(x, generator)
         moved = None if boxes is None else self.move(boxes, x, **parameters)
         if moved is not None: # a box without area is no box, and turning must not give it one
-            known = ((boxes[:, 2:] > boxes[:, :2]).all(1))[:, None]
-            moved = torch.where(known, moved.clamp(0, 1), 0.)
+            moved = torch.where(known_boxes(boxes)[:, None], moved.clamp(0, 1), 0.)
         return self.transform(x, **parameters), moved
 
 def in_chunks(f, # maps images (b,3,H,W) and boxes (b,4) or None to images (b,3,h,w) and boxes or None
@@ -177,6 +178,14 @@ def _crop_gather(x, top, left, size, padding, mode):
         x = x.gather(dim, index.view(len(x), 1, *((n, 1) if dim == 2 else (1, n))).expand(shape))
     return x if mode == "reflect" else torch.where(inside, x, 0.)
 
+# %% ../nbs/02_transforms.ipynb #dbcadfa1
+def _motion(like, angle, translate, scale, shear):
+    "Rotation and shear as a matrix a, b, c, d, the shift, and the factor, each (B,), as torchvision defines them."
+    full = lambda v: torch.as_tensor(v, dtype=torch.float32, device=like.device).expand(len(like))
+    rot, sx, sy = (torch.deg2rad(full(v)) for v in (angle, *shear))
+    a, c = torch.cos(rot - sy)/torch.cos(sy), torch.sin(rot - sy)/torch.cos(sy)
+    return (a, -a*torch.tan(sx) - torch.sin(rot), c, -c*torch.tan(sx) + torch.cos(rot)), tuple(map(full, translate)), full(scale)
+
 # %% ../nbs/02_transforms.ipynb #940d67f4
 def affine(x:Tensor, # (B,3,H,W)
            angle:Tensor|float=0., # (B,) degrees, clockwise
@@ -187,11 +196,8 @@ def affine(x:Tensor, # (B,3,H,W)
            fill:float=0., # value outside of the image
           ) -> Tensor: # (B,3,H,W)
     "Rotate, shear, scale and translate each image about its centre."
-    full = lambda v: torch.as_tensor(v, dtype=torch.float32, device=x.device).expand(len(x))
-    rot, sx, sy = (torch.deg2rad(full(v)) for v in (angle, *shear))
-    a, c = torch.cos(rot - sy)/torch.cos(sy), torch.sin(rot - sy)/torch.cos(sy)
-    b, d = -a*torch.tan(sx) - torch.sin(rot), -c*torch.tan(sx) + torch.cos(rot)
-    (tx, ty), s, (h, w) = map(full, translate), full(scale), x.shape[2:]
+    (a, b, c, d), (tx, ty), s = _motion(x, angle, translate, scale, shear)
+    h, w = x.shape[2:]
     rows = torch.stack([torch.stack([d, -b*h/w, (b*ty - d*tx)*2/w], 1), torch.stack([-c*w/h, a, (c*tx - a*ty)*2/h], 1)], 1) / s[:, None, None]
     out = F.grid_sample(x - fill if fill else x, _grid(rows.to(x.dtype), h, w), mode=interpolation, padding_mode="zeros", align_corners=False)
     return out + fill if fill else out
@@ -217,11 +223,7 @@ def affine_boxes(boxes:Tensor, # (B,4), see `ImageSet`
                  angle:Tensor|float=0., translate:tuple=(0., 0.), scale:Tensor|float=1., shear:tuple=(0., 0.), # as for `affine`
                 ) -> Tensor: # (B,4), not cut off at the border
     "The smallest upright boxes around what `affine` makes of boxes."
-    full = lambda v: torch.as_tensor(v, dtype=boxes.dtype, device=boxes.device).expand(len(boxes))
-    rot, sx, sy = (torch.deg2rad(full(v)) for v in (angle, *shear))
-    a, c = torch.cos(rot - sy)/torch.cos(sy), torch.sin(rot - sy)/torch.cos(sy)
-    b, d = -a*torch.tan(sx) - torch.sin(rot), -c*torch.tan(sx) + torch.cos(rot)
-    (h, w), (tx, ty), s = size, map(full, translate), full(scale)
+    ((a, b, c, d), (tx, ty), s), (h, w) = _motion(boxes, angle, translate, scale, shear), size
     x, y = (boxes[:, [0, 2, 0, 2]] - .5)*w, (boxes[:, [1, 1, 3, 3]] - .5)*h # corners, from the centre
     moved = [(s[:, None]*(p[:, None]*x + q[:, None]*y) + t[:, None])/side + .5 for p, q, t, side in ((a, b, tx, w), (c, d, ty, h))]
     return torch.stack([f(v, 1) for f in (torch.amin, torch.amax) for v in moved], 1)

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou as all_pairs
 from torchvision.ops import generalized_box_iou
 
-from robustcv.data import Batch, Batches, ImageSet, load_tiny_imagenet
+from robustcv.data import Batch, Batches, ImageSet, known_boxes, load_tiny_imagenet
 from robustcv.evaluation import COLUMNS, evaluate, measure_boxes, measure_probe
 from robustcv.perturbations import affine_perturbations
 from robustcv.fgsm import fgsm, fold_batchnorm
 from robustcv.figures import plot_boxes, plot_worst_boxes
 from robustcv.models import build_model, load_model, save_model
-from robustcv.multi_task import (box_iou, box_loss, box_quality, count_boxes, degrade_boxes, known, linear_probe, multi_task_loss, predict_boxes,
-                                 saliency, trunk_features)
+from robustcv.multi_task import (box_iou, box_loss, box_quality, count_boxes, degrade_boxes, linear_probe, multi_task_loss, predict_boxes, saliency,
+                                 trunk_features)
 from robustcv.training import Training, fit
 from robustcv.transforms import Compose, PerImage, RandomCrop
 
@@ -204,12 +204,12 @@ def test_spoiling_leaves_images_and_originals_alone_and_repeats(kind):
     data = images(20); before = data.boxes.clone(); data.boxes[3] = before[3] = 0
     a, b, other = degrade_boxes(data, kind, .5, 1), degrade_boxes(data, kind, .5, 1), degrade_boxes(data, kind, .5, 2)
     assert torch.equal(data.boxes, before) and a.images is data.images and torch.equal(a.boxes, b.boxes) and not torch.equal(a.boxes, other.boxes)
-    assert not known(a.boxes[3:4]).any()
+    assert not known_boxes(a.boxes[3:4]).any()
 
 def test_only_known_boxes_are_exchanged():
     data = images(40); data.boxes[::4] = torch.tensor([.5, .2, .5, .9])
     new = degrade_boxes(data, "shuffled", 1.).boxes
-    assert known(new).equal(known(data.boxes)) and (new != data.boxes).any(1).sum() == 30 and sorted(map(tuple, new.tolist())) == sorted(map(tuple, data.boxes.tolist()))
+    assert known_boxes(new).equal(known_boxes(data.boxes)) and (new != data.boxes).any(1).sum() == 30 and sorted(map(tuple, new.tolist())) == sorted(map(tuple, data.boxes.tolist()))
 
 def test_a_checkpoint_of_other_boxes_is_not_continued(tiny, tmp_path):
     train, valid = (load_tiny_imagenet(tiny, s) for s in ("train", "val"))
@@ -285,7 +285,7 @@ def test_boxes_and_the_probe_are_measured(model):
     t, mean = measure_boxes(model, t, data)
     overlap = box_iou(predict_boxes(model, data), data.boxes)
     assert t.perturbation.iloc[-1] == "box" and t.hits.iloc[-1].tolist() == (overlap >= .5).tolist()
-    assert mean == pytest.approx(100*overlap[known(data.boxes)].mean().item())
+    assert mean == pytest.approx(100*overlap[known_boxes(data.boxes)].mean().item())
 
 def test_the_worst_boxes_are_drawn_in_rows_of_one_defect():
     tiny, whole, fine = [.1, .1, .2, .2], [0., 0, 1, 1], [.2, .2, .8, .8]

@@ -9,7 +9,7 @@ import pytest
 
 from robustcv.core import SCALES
 from robustcv.perturbations import standard_perturbations
-from robustcv.experiments import _training
+from robustcv.experiments import _home
 from robustcv.figures import draw_figures, draw_summary
 from robustcv.grids import SECTIONS
 from robustcv.scoreboard import FAMILIES, REPEATED, plot_scoreboard, scoreboard
@@ -91,7 +91,7 @@ def test_runs_that_repeat_the_baseline_are_left_out_where_it_is_on_record():
     assert scoreboard([*repeats, made("plain")], ["fgsm / ResNet-18"]).index.tolist() == ["fgsm / ResNet-18"], "asked for by name"
 
 def test_what_repeats_the_baseline_is_trained_like_it():
-    trained = {(r.section, r.name): _training(replace(r, watch=None), SCALES["lite"]) for runs in SECTIONS.values() for r in runs() if not r.members}
+    trained = {(r.section, r.name): _home(replace(r, watch=None), SCALES["lite"], 0, dict(fingerprint="f"), ".") for runs in SECTIONS.values() for r in runs() if not r.members}
     twins = {k for k, v in trained.items() if k[0] != "baseline" and v in {trained["baseline", "plain"], trained["baseline", "flip + crop"]}}
     assert set(REPEATED) == twins
 

@@ -19,7 +19,7 @@ SECTIONS = {*LAYERS[4], *LAYERS[5]}
 MODULES = sorted(f.stem for f in HERE.glob("*.py") if f.stem not in ("__init__", "_modidx"))
 PACKAGES = {"torch", "torchvision", "numpy", "pandas", "scipy", "matplotlib", "seaborn", "tqdm", "accelerate", "safetensors",
             "typer", "PIL"}
-OPTIONAL = {"nbconvert", "nbformat", "timm", "kornia", "albumentations", "cv2", "torchattacks"} # used where they happen to be installed
+OPTIONAL = {"nbclient", "nbconvert", "nbformat", "timm", "kornia", "albumentations", "cv2", "torchattacks"} # used where they happen to be installed
 
 def imports(name):
     "Modules of this package, and top-level packages, that a module imports anywhere."
