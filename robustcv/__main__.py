@@ -14,7 +14,7 @@ import pandas as pd
 import typer
 
 from .claims import ledger, summary_table
-from .core import SCALES, atomic_path, choose, device_name, load_records, pick_device, seed_everything, set_style
+from .core import SCALES, SIZES, atomic_path, choose, device_name, load_records, pick_device, seed_everything, set_style
 from .data import known_boxes, load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, unpack
@@ -143,12 +143,15 @@ def _read_table(path, fingerprint):
     return rows
 
 # %% ../nbs/40_command_line.ipynb #2dbd6759
+_SCALES_HELP = f"One of: {', '.join(SIZES)}; with -pretrained behind it, of networks that start from ImageNet weights."
+
 @command(app)
 def run(sections:list[str]=typer.Argument(..., help=f"Some of: {', '.join(SECTIONS)}; or 'all'."),
-        scale:str=typer.Option("demo", help=f"One of: {', '.join(SCALES)}."),
+        scale:str=typer.Option("demo", help=_SCALES_HELP),
         data:Path=typer.Option(None, help="Images; default: synthetic ones, for smoke and demo."),
         seeds:str=typer.Option(None, help="e.g. 0,1,2; default: the scale's."),
         only:list[str]=typer.Option(None, help="The name of a run, such as 'contrast 5'; may be repeated; default: all of the sections."),
+        pretrained:bool=typer.Option(False, "--pretrained", help="Start from torchvision's ImageNet weights: short for -pretrained behind the scale."),
         dry_run:bool=typer.Option(False, "--dry-run", help="Only list the runs, what is missing, and how long it is expected to take."),
         results:Path=typer.Option("results", help="Folder of the records."),
         folder:Path=typer.Option("runs", help="Folder of checkpoints and models."),
@@ -156,6 +159,7 @@ def run(sections:list[str]=typer.Argument(..., help=f"Some of: {', '.join(SECTIO
     "Run what sections still lack on record, and print their tables.\n\nExample: `robustcv run all --scale lite --data data/tiny-imagenet-200 --dry-run`"
     try: chosen = None if seeds is None else [int(s) for s in seeds.split(",")]
     except ValueError: raise ValueError(f"seeds={seeds}: expected numbers separated by commas, e.g. 0,1,2") from None
+    if pretrained: scale = f"{scale.removesuffix('-pretrained')}-pretrained"
     names = list(SECTIONS) if "all" in sections else [choose("section", s, [*SECTIONS, "all"]) for s in sections]
     if dry_run:
         jobs = plan(names, SCALES[choose("scale", scale, SCALES)], describe_data(*scale_data(SCALES[scale], data)), chosen, results, folder, only or None)
@@ -173,7 +177,7 @@ def _sum_up(jobs):
 
 # %% ../nbs/40_command_line.ipynb #d34da6f2
 @command(app)
-def demo(scale:str=typer.Option("demo", help=f"One of: {', '.join(SCALES)}."),
+def demo(scale:str=typer.Option("demo", help=_SCALES_HELP),
          data:Path=typer.Option(None, help="Images; default: the synthetic set."),
          out:Path=typer.Option("demo", help="Folder for records, models, figures and the report.")):
     "Every section in short: train, attack, perturb, measure, test the claims and draw, in a few minutes on a laptop.\n\nExample: `robustcv demo --data data/tiny-imagenet-200 --scale lite`"
@@ -219,7 +223,7 @@ def _on_record(results, scale):
     return own
 
 @command(app)
-def figures(scale:str=typer.Option("lite", help=f"One of: {', '.join(SCALES)}."),
+def figures(scale:str=typer.Option("lite", help=_SCALES_HELP),
             results:Path=typer.Option("results", help="Folder of the records."),
             out:Path=typer.Option("figures", help="Folder of the figures."),
             data:Path=typer.Option(None, help="Images, for the pictures that show them to the models."),
@@ -231,8 +235,9 @@ def figures(scale:str=typer.Option("lite", help=f"One of: {', '.join(SCALES)}.")
     for f in draw_summary(records, out): print(f"figure: {f}")
     for f in draw_models(SCALES[scale], data, folder, out) if data is not None else (): print(f"figure: {f}")
 
+# %% ../nbs/40_command_line.ipynb #ce171970
 @command(app)
-def claims(scale:str=typer.Option("lite", help=f"One of: {', '.join(SCALES)}."),
+def claims(scale:str=typer.Option("lite", help=_SCALES_HELP),
            results:Path=typer.Option("results", help="Folder of the records."),
            as_json:bool=typer.Option(False, "--json", help="As a JSON list, a comparison an entry."),
            as_markdown:bool=typer.Option(False, "--markdown", help="As a Markdown table.")):
@@ -244,8 +249,9 @@ def claims(scale:str=typer.Option("lite", help=f"One of: {', '.join(SCALES)}."),
     print(f"{caption(records)}{_drawn(records)}")
     _show(found[["claim", "comparison", "points", "interval", "seeds", "comparison verdict", "verdict"]].fillna(""))
 
+# %% ../nbs/40_command_line.ipynb #0efb7624
 @command(app, "scoreboard")
-def show_scoreboard(scale:str=typer.Option("lite", help=f"One of: {', '.join(SCALES)}."),
+def show_scoreboard(scale:str=typer.Option("lite", help=_SCALES_HELP),
                     results:Path=typer.Option("results", help="Folder of the records."),
                     out:Path=typer.Option(None, help="Draw it as a heat map, too, into this PNG file.")):
     "Models by perturbations, with mean and worst case.\n\nExample: `robustcv scoreboard --scale lite --out scoreboard.png`"

@@ -33,8 +33,8 @@ from .training import fit, fit_from
 
 # %% ../nbs/20_experiments.ipynb #9205fe49
 EXTRA = {"color_jitter": color_perturbations, "random_erase": erase_perturbations, "stability": stability_perturbations, "symmetry": symmetry_perturbations,
-         "multi_task": affine_perturbations} # what a section measures beyond the standard perturbations
-ATTACKED = ("fgsm", "adversarial_training") # sections that measure `attack_perturbations`
+         "multi_task": affine_perturbations, "robustness": stability_perturbations} # what a section measures beyond the standard perturbations
+ATTACKED = ("fgsm", "adversarial_training", "robustness") # sections that measure `attack_perturbations`
 QUICK = {"smoke": dict(attacks=dict(most=(16, 16), steps=5, targets=1, queries=5), certificates=dict(most=4, n0=5, n=20), strengths={"corruption": 3, "occlusion at": .25}),
          "demo": dict(attacks=dict(eps=(.1, .2, .4), most=(50, 20), steps=20, targets=3, queries=100), certificates=dict(most=20, n0=10, n=100),
                       strengths={"corruption": 3, "occlusion at": .25})} # scales at which it counts that everything runs, not how exact or strong it is
@@ -54,7 +54,7 @@ def scale_data(scale:Scale, # how much
                **kwargs, # cache, workers
               ) -> tuple[ImageSet, ImageSet]: # training and validation images, 64×64
     "The images that a scale asks for."
-    if path is None and scale.name not in ("smoke", "demo"):
+    if path is None and scale.size not in ("smoke", "demo"):
         raise ValueError(f"scale '{scale.name}' needs real images: give their folder with data= (--data), or fetch them with `robustcv data get`")
     train, valid = drawn_images(scale, **kwargs) if path is None else load_data(path, size=64, **kwargs)
     classes = scale.classes and min(scale.classes, len(train.classes))
@@ -95,7 +95,8 @@ def _is_trained(home): return (home/"history.json").is_file() # which is written
 
 # %% ../nbs/20_experiments.ipynb #c8982f4e
 def network(run:Run, seed:int, at:Setting) -> tuple: # `Classifier` in evaluation mode, and its learning curve as a data frame
-    "The network of a run and how it learnt: found, or trained now."
+    "The network of a run and how it learnt: found, or trained now; an ensemble learns nothing itself."
+    if run.members: return Ensemble({" / ".join(m): _network_of(*m, seed, at) for m in run.members}), pd.DataFrame()
     where = _home(run, at.scale, seed, at.about, at.folder)
     if not _is_trained(where):
         model, history = _train(run, seed, at, where)
@@ -108,7 +109,7 @@ def _train(run, seed, at, where):
     begin = _network_of(*run.start, seed, at) if run.start else None
     seed_everything(derive_seed(seed, "weights"))
     train, settings = degrade_boxes(at.train, *run.degraded, seed) if run.degraded else at.train, run.settings(at.scale)
-    model = begin or build_model(run.model, len(train.classes), pretrained=run.pretrained, stem=run.stem, boxes=run.boxes)
+    model = begin or build_model(run.model, len(train.classes), pretrained=at.scale.pretrained, stem=run.stem, boxes=run.boxes)
     if run.first: return model, fit_from(model, run.first, train, at.valid, settings, seed, at.device, where, pooled=run.pooled)
     return model, fit(model, train, at.valid, run.objective, run.transform, settings, seed, at.device, where, run.watch and run.watch())
 
@@ -118,6 +119,7 @@ def _network_of(section, name, seed, at):
     if not _is_trained(_home(run, at.scale, seed, at.about, at.folder)): at.say(f"{section} / {name}, seed {seed}: its network is needed, and trained first")
     return network(run, seed, at)[0]
 
+# %% ../nbs/20_experiments.ipynb #acbc5565
 def trained_model(section:str, name:str, # of the run
                   scale:Scale, about:dict, # the scale, and what `describe_data` says of the images
                   folder="runs", # of the networks
@@ -132,15 +134,15 @@ def trained_model(section:str, name:str, # of the run
 
 # %% ../nbs/20_experiments.ipynb #4a7a80ce
 def _extra(section, scale):
-    "A section's own perturbations; at scales that must be quick, some of them at one strength only."
-    thin = QUICK.get(scale.name, {}).get("strengths", {})
+    "A section's further perturbations; at scales that must be quick, some of them at one strength only."
+    thin = QUICK.get(scale.size, {}).get("strengths", {})
     return [p for p in EXTRA.get(section, list)() if all(p.strength == s for start, s in thin.items() if p.name.startswith(start))]
 
 def _attacks(run, at):
     "`attack_perturbations` with the run's sources, which are folded once for all runs."
     for section, name in run.sources:
         if name not in at.lent: at.lent[name] = Transferred(_network_of(section, name, at.scale.seeds[0], at))
-    return attack_perturbations({name: at.lent[name] for _, name in run.sources}, **QUICK.get(at.scale.name, {}).get("attacks", {}))
+    return attack_perturbations({name: at.lent[name] for _, name in run.sources}, **QUICK.get(at.scale.size, {}).get("attacks", {}))
 
 def train_run(run:Run, seed:int, at:Setting) -> dict: # metrics of the record
     "Train and measure one run."
@@ -148,29 +150,39 @@ def train_run(run:Run, seed:int, at:Setting) -> dict: # metrics of the record
     model, history = network(run, seed, at)
     table = evaluate(model, at.valid, standard_perturbations() + _extra(run.section, at.scale) + attacks, seed=seed, device=at.device)
     table, more = MEASURED[run.section](run, model, table, seed, at) if run.section in MEASURED else (table, {})
-    kept = history.iloc[-1] if run.settings(at.scale).keep == "last" else history.loc[history.valid_accuracy.idxmax()] # the weights measured here
+    return dict(evaluation=pack(table), **(_averaged(model, table, seed, at) if run.members else _learnt(run, model, history, at.scale)), **more)
+
+def _learnt(run, model, history, scale):
+    "The learning curve, the accuracies of the weights measured here, and the first-layer filters."
+    kept = history.iloc[-1] if run.settings(scale).keep == "last" else history.loc[history.valid_accuracy.idxmax()]
     filters = first_conv(model).weight.detach().float().cpu().numpy()
-    return dict(history=history.to_dict("records"), evaluation=pack(table), train_accuracy=kept.train_accuracy,
-                valid_accuracy=kept.valid_accuracy, images_per_second=history.images_per_second.median(),
-                filters=dict(shape=filters.shape, float16=base64.b64encode(filters.astype("<f2").tobytes()).decode()), **more)
+    return dict(history=history.to_dict("records"), train_accuracy=kept.train_accuracy, valid_accuracy=kept.valid_accuracy,
+                images_per_second=history.images_per_second.median(),
+                filters=dict(shape=filters.shape, float16=base64.b64encode(filters.astype("<f2").tobytes()).decode()))
+
+def _averaged(model, table, seed, at):
+    "What takes its place for an ensemble."
+    seen = evaluate(model, spread_over(at.train, len(at.valid)), standard_perturbations()[:1], seed=seed, device=at.device)
+    return dict(history=[], train_accuracy=float(seen.accuracy.iloc[0]), valid_accuracy=float(table.accuracy.iloc[0]))
 
 # %% ../nbs/20_experiments.ipynb #9b59ca36
 CERTIFIED = ("baseline", "α = 0.01", "noise 0.1", "noise 0.4") # runs of the section `stability`; a certificate takes hundreds of passes for each image
 
 def _certificates(run, model, table, seed, at):
-    few = QUICK.get(at.scale.name, {}).get("certificates", {})
-    return measure_certificates(model, at.valid, table, seed=seed, device=at.device, **few) if run.name in CERTIFIED else table, {}
+    few = QUICK.get(at.scale.size, {}).get("certificates", {})
+    certified = run.section != "stability" or run.name in CERTIFIED
+    return measure_certificates(model, at.valid, table, seed=seed, device=at.device, **few) if certified else table, {}
 
 def _orbit(run, model, table, seed, at): return measure_orbit(model, at.valid, table, seed=seed, device=at.device), {}
 
 def _boxes(run, model, table, seed, at):
-    other = at.scale if at.scale.name in QUICK else replace(SCALES["demo"], classes=10, train_per_class=100, val_per_class=50)
+    other = at.scale if at.scale.size in QUICK else replace(SCALES["demo"], classes=10, train_per_class=100, val_per_class=50)
     table = measure_probe(model, table, *drawn_images(other, seed=1, **at.data), at.device) # drawn with another seed than the training images of any scale
     if not run.boxes: return table, {}
     table, mean = measure_boxes(model, table, at.valid, at.device)
     return table, {"boxes": count_boxes(at.train), "mean_iou": mean}
 
-MEASURED = {"symmetry": _orbit, "stability": _certificates, "multi_task": _boxes} # what a section measures beyond perturbations: the table with more rows, and more metrics
+MEASURED = {"symmetry": _orbit, "stability": _certificates, "multi_task": _boxes, "robustness": _certificates} # what a section measures beyond perturbations: the table with more rows, and more metrics
 
 # %% ../nbs/20_experiments.ipynb #5c3645e1
 def measure_members(runs:list, # with members, and the same sources
@@ -178,7 +190,7 @@ def measure_members(runs:list, # with members, and the same sources
     "Ensembles under every perturbation of the library, with FGSM on the ensemble itself, calibration and disagreement; the members are passed through once for all."
     members = {m: _network_of(*m, seed, at) for m in dict.fromkeys(m for r in runs for m in r.members)}
     attacks, kinds = _attacks(runs[0], at), ("random signs", "FGSM from")
-    still = (standard_perturbations() + [p for s in EXTRA for p in _extra(s, at.scale) if not p.name.startswith("occlusion at")]
+    still = (standard_perturbations() + [p for s in EXTRA if s not in ATTACKED for p in _extra(s, at.scale) if not p.name.startswith("occlusion at")]
              + [p for p in attacks if p.name.startswith(kinds)])
     own = [replace(p, most=200) for p in attacks if p.name == "FGSM"]
     groups, how = {r.name: r.members for r in runs}, dict(seed=seed, device=at.device)
@@ -227,6 +239,7 @@ def plan(sections:list, # names of sections
         jobs.append(Job(run, seed, config, id, status, _expected(run, records, status)))
     return jobs
 
+# %% ../nbs/20_experiments.ipynb #09da989f
 def _lacking(run, seed, scale, about, folder):
     "The folders of networks that a run needs, its own included, and that are not there."
     own = set() if run.members else {_home(run, scale, seed, about, folder)}
@@ -284,16 +297,18 @@ def run_sections(sections:list, # names of sections
         run, seed, label = job.run, job.seed, f"[{i}/{len(jobs)}] {job.run.section} / {job.run.name}, seed {job.seed}, scale {scale.name}"
         if job.status == "on record": say(f"{label}: on record"); continue
         start = time.perf_counter()
-        if run.members and seed not in pooled: # all ensembles of a seed at once
-            some = [j.run for j in jobs if j.run.members and j.seed == seed and j.status != "on record"]
+        together = run.members and run.section not in ATTACKED # all ensembles of a seed; one that is attacked has to be there by itself
+        if together and seed not in pooled:
+            some = [j.run for j in jobs if j.run.members and j.run.section == run.section and j.seed == seed and j.status != "on record"]
             pooled[seed] = measure_members(some, seed, at), (time.perf_counter() - start)/len(some)
-        metrics = pooled[seed][0][run.name] if run.members else train_run(run, seed, at)
-        spent.append(pooled[seed][1] if run.members else time.perf_counter() - start)
+        metrics = pooled[seed][0][run.name] if together else train_run(run, seed, at)
+        spent.append(pooled[seed][1] if together else time.perf_counter() - start)
         append_record(Path(results)/f"{run.section}.jsonl", make_record(run.section, run.name, scale.name, job.config, seed, at.about, device, spent[-1], metrics))
         say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {spent[-1]:.0f} s{_left(jobs[i:], spent)}")
     wanted = {j.id for j in jobs}
     return [r for s in dict.fromkeys(j.run.section for j in jobs) for r in load_records(Path(results)/f"{s}.jsonl") if r["id"] in wanted]
 
+# %% ../nbs/20_experiments.ipynb #a8a55199
 def run_section(section:str, *args, **kwargs) -> list: # of records
     "`run_sections` for one section."
     return run_sections([section], *args, **kwargs)

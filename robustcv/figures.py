@@ -301,6 +301,7 @@ def draw_figures(records:list, # of one section, scale and data set
             if measured: keep(p.split(",")[0], plot_strength(measured, p).figure)
     if r["section"] == "symmetry":
         for name, plot in {"orientations": plot_orientations, "selectivity": plot_selectivity, "cost": plot_cost}.items(): keep(name, plot(records).figure)
+    if r["section"] == "robustness": keep("scoreboard", plot_scoreboard(scoreboard(records)).figure)
     if r["section"] == "multi_task" and any(n.startswith("boxes ") for n in runs): keep("degraded", plot_degraded(records)[0].figure)
     if "filters" in r["metrics"]: keep("filters", show_filters(filters(r)))
     if images is not None: keep("examples", show_perturbations(images.images[torch.linspace(0, len(images) - 1, 4).long()], standard_perturbations()[::2]))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'SECTIONS', 'DEMO', 'Run', 'baseline', 'color_jitter', 'random_erase', 'attacked', 'adversarial', 'stable',
-           'symmetric', 'multi_tasked', 'together', 'find_run']
+           'symmetric', 'multi_tasked', 'together', 'strongest', 'find_run']
 
 # %% ../nbs/19_grids.ipynb #4f733043
 from dataclasses import dataclass, field, replace
@@ -31,7 +31,6 @@ class Run:
     name:str # unique in its section
     model:str = "resnet18" # see `build_model`
     stem:str = "imagenet" # see `build_model`
-    pretrained:bool = False # start from ImageNet weights
     transform:object = None # transform(images, generator) -> images
     objective:object = cross_entropy # objective(model, batch, backward) -> loss
     training:dict = field(default_factory=dict) # fields of `Training` that differ from the defaults and the scale
@@ -50,6 +49,7 @@ class Run:
         given = replace(Training(epochs=scale.epochs, batch_size=scale.batch_size, lr=scale.lr), **self.training)
         return replace(given, epochs=max(1, round(given.epochs*(self.length or 1)/(given.replays or 1)))) # as many steps, replays or not
 
+# %% ../nbs/19_grids.ipynb #de59fd33
 def baseline() -> list[Run]:
     "Plain training, and training with horizontal flips and reflected crops."
     augment = Compose(RandomHorizontalFlip(), RandomCrop(64, 4, "reflect"))
@@ -130,9 +130,19 @@ def together() -> list[Run]:
     groups = {"ensemble": KEPT, **{n: [n] for n in KEPT}, **{f"without {n}": [m for m in KEPT if m != n] for n in KEPT}}
     return [Run("ensemble", g, members=tuple(KEPT[n] for n in names), sources=(("fgsm", "DenseNet-121"),)) for g, names in groups.items()]
 
+# %% ../nbs/19_grids.ipynb #b62a45ff
+def strongest() -> list[Run]:
+    "Networks of other sections that claim to be robust, under all that can be held against them; the ensemble, too."
+    others = {"baseline": ("baseline", "flip + crop"), **KEPT, "adversarial objective": ("adversarial_training", "objective"), "PGD": ("adversarial_training", "PGD"),
+              "TRADES": ("adversarial_training", "TRADES"), "AugMix": ("stability", "AugMix")}
+    source = (("fgsm", "DenseNet-121"),)
+    return [*[replace(find_run(*m), section="robustness", name=n, sources=source) for n, m in others.items()],
+            Run("robustness", "ensemble", members=tuple(KEPT.values()), sources=source)]
+
 # %% ../nbs/19_grids.ipynb #5aa2f794
 SECTIONS = {"baseline": baseline, "color_jitter": color_jitter, "random_erase": random_erase, "fgsm": attacked, "adversarial_training": adversarial,
-            "stability": stable, "symmetry": symmetric, "multi_task": multi_tasked, "ensemble": together}
+            "stability": stable, "symmetry": symmetric, "multi_task": multi_tasked, "ensemble": together,
+            "robustness": strongest}
 
 def find_run(section:str, name:str) -> Run:
     "A run by the name of its section and its own."
@@ -143,4 +153,4 @@ def find_run(section:str, name:str) -> Run:
 DEMO = {"baseline": ("flip + crop", "plain"), "color_jitter": ("baseline", "contrast 5"), "random_erase": ("baseline", "E", "FE", "FCE"),
         "fgsm": ("ResNet-18, not augmented", "DenseNet-121", "ResNet-18"), "adversarial_training": ("data",),
         "stability": ("baseline", "α = 0.01"), "symmetry": ("baseline", "classifier", "layer 2+", "two phases"), "multi_task": ("baseline", "multi-task"),
-        "ensemble": ("ensemble", *KEPT)} # names of runs by section
+        "ensemble": ("ensemble", *KEPT), "robustness": ("baseline", "adversarial data")} # names of runs by section

@@ -165,6 +165,7 @@ def _modern_names(state):
     "torchvision's DenseNet files say `norm.1` where its networks say `norm1`."
     return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", k): v for k, v in state.items()}
 
+# %% ../nbs/03_models.ipynb #d67f12e8
 def _load_state(net, state, source, may_miss=None):
     "Load all tensors, or raise a `ValueError` that says what does not fit; `net` is unchanged then."
     have = net.state_dict()

@@ -95,6 +95,7 @@ def corruption_table(records:list, # of the section `stability`
                      "mean corruption error": f"{100*(errors[n]/errors[baseline]).mean():.0f}"})
     return pd.DataFrame(rows)
 
+# %% ../nbs/18_tables.ipynb #344ed377
 def orientation_table(records:list, # of the section `symmetry`
                      ) -> pd.DataFrame: # a row a run, in %: training, upright, augmented (mean over all orientations), same in all, averaged
     "The article's table, and what is true of the whole orbit; mean ± standard deviation over seeds."
@@ -106,6 +107,7 @@ def orientation_table(records:list, # of the section `symmetry`
                      "averaged": _pm([b["symmetrized", None] for b in by])})
     return pd.DataFrame(rows)
 
+# %% ../nbs/18_tables.ipynb #7c59a744
 def box_table(records:list, # of the section `multi_task`
              ) -> pd.DataFrame: # a row a run, in %: training, clean, gap, affine (mean), IoU ≥ 0.5, mean IoU, linear probe
     "What a second task does for the first, and how well it is learnt; mean ± standard deviation over seeds."
@@ -121,6 +123,7 @@ def box_table(records:list, # of the section `multi_task`
 
 def _mean(accuracy, start): return np.mean([v for (p, _), v in accuracy.items() if p.startswith(start)])
 
+# %% ../nbs/18_tables.ipynb #b57feac4
 def member_table(records:list, # of the section `ensemble`
                 ) -> pd.DataFrame: # a row a member: clean and mean accuracy alone, mean accuracy of the others without it, what it contributes
     "What each member is worth: the mean over all perturbations that do not look at the network, in %, and the contribution in points with its 95 % interval over images."
@@ -134,8 +137,9 @@ def member_table(records:list, # of the section `ensemble`
         gain, half = mean_and_half(100*(each["ensemble"] - others))
         rows[-1] |= {"others without it": round(100*others.mean(), 1), "contributes": f"{gain:+.1f} ± {half:.1f}"}
     whole = {"member": "all together", "clean": round(runs["ensemble"].accuracy.iloc[0], 1), "mean": round(100*each["ensemble"].mean(), 1)}
-    return pd.DataFrame([*rows, whole]).fillna("")
+    return pd.DataFrame([*rows, whole]).astype(object).fillna("")
 
+# %% ../nbs/18_tables.ipynb #5b98511f
 def by_name(records:list) -> dict:
     "Records grouped by the name of their run."
     return {n: [r for r in records if r["name"] == n] for n in dict.fromkeys(r["name"] for r in records)}

@@ -124,6 +124,7 @@ def _transformed(transform, batch, gen):
     if transform is None: return batch.images, batch.boxes
     return transform.with_boxes(batch.images, batch.boxes, gen) if isinstance(transform, Transform) else (transform(batch.images, gen), None)
 
+# %% ../nbs/04_training.ipynb #e02546a5
 def _epoch(run, epoch, check_every=50):
     "One pass over the training images; returns its mean loss and speed."
     run.parallel.train(); torch.manual_seed(derive_seed(run.seed, "epoch", epoch))

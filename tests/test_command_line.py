@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torchvision
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from robustcv.color_jitter import ColorJitter
 from robustcv.core import SCALES, load_records
 from robustcv.grids import DEMO, SECTIONS, Run
 from robustcv.models import load_model
+from robustcv.tables import filters
 
 
 def call(*args, code=0):
@@ -103,6 +105,21 @@ def test_a_dry_run_lists_what_is_missing_and_trains_nothing(tmp_path, minute, mo
     call("run", "baseline", "--scale", "smoke")
     text = call("run", "baseline", "color_jitter", "--scale", "smoke", "--dry-run")
     assert "3 runs, 1 on record; the rest takes about 0.0 h\n" in text and text.count("to measure") == 1
+
+
+def test_a_grid_starts_from_pretrained_weights(tmp_path, tiny, monkeypatch, hub):
+    monkeypatch.setitem(SECTIONS, "baseline", lambda: [Run("baseline", "plain", training={"epochs": 1})])
+    for name in ("smoke", "smoke-pretrained"): monkeypatch.setitem(SCALES, name, replace(SCALES[name], classes=2, train_per_class=4, val_per_class=3, batch_size=4))
+    official = torchvision.models.resnet18().state_dict()
+    hub("resnet18", torchvision.models.ResNet18_Weights.IMAGENET1K_V1, official)
+    run = ("run", "baseline", "--scale", "smoke", "--data", tiny, "--results", tmp_path / "results", "--folder", tmp_path / "runs")
+    assert "scale smoke-pretrained" in call(*run, "--pretrained") and "scale smoke:" in call(*run)
+    pretrained, scratch = load_records(tmp_path / "results")
+    assert [r["scale"] for r in (pretrained, scratch)] == ["smoke-pretrained", "smoke"] and pretrained["id"] != scratch["id"]
+    moved = [(filters(r) - official["conv1.weight"]).norm() / official["conv1.weight"].norm() for r in (pretrained, scratch)]
+    assert moved[0] < .1 < moved[1]  # fine-tuned, or something else altogether
+    assert "on record" in call(*run, "--pretrained")
+    assert "smoke-pretrained" in call("scoreboard", "--scale", "smoke-pretrained", "--results", tmp_path / "results")
 
 
 def test_some_runs_of_a_section_are_run_drawn_and_held_against_the_claims(tmp_path, tiny, monkeypatch):

@@ -18,7 +18,7 @@ from robustcv.stability import add_noise
 from robustcv.evaluation import evaluate, evaluate_together, unpack
 from robustcv.experiments import Run, describe_data, plan, run_sections, scale_data, show_plan, trained_model
 from robustcv.tables import box_table
-from robustcv.grids import DEMO, KEPT, SECTIONS, together
+from robustcv.grids import DEMO, KEPT, SECTIONS, strongest, together
 from robustcv.models import build_model
 from robustcv.multi_task import multi_task_loss
 from robustcv.synthetic import make_synthetic
@@ -211,6 +211,23 @@ def test_members_that_are_not_there_are_trained_without_a_record(go, tmp_path):
     assert sum("its network is needed, and trained first" in s for s in said) == 2 and len(calls) == 3 + 6
     assert [r["name"] for r in load_records(tmp_path/"results")] == ["ensemble"]
     assert one["metrics"]["disagreement"]["one / a"]["one / a"] == 0 and set(one["metrics"]["disagreement"]) == {"one / a", "one / b"}
+
+def test_where_attacks_are_measured_an_ensemble_is_attacked_and_certified_itself(go, monkeypatch):
+    monkeypatch.setattr(experiments, "ATTACKED", ("two",)); monkeypatch.setitem(experiments.MEASURED, "two", experiments.MEASURED["robustness"])
+    a, b = net("a"), net("b", length=2.)
+    alone, pooled = replace(a, section="two"), Run("two", "ensemble", members=(("one", "a"), ("one", "b")))
+    records = go([a, b], [alone, pooled])
+    assert [r["name"] for r in records] == ["a", "b", "a", "ensemble"] and len(calls) == 3 + 6
+    rows = [unpack(r["metrics"]["evaluation"]) for r in records]
+    assert {"FGSM", "PGD-20", "strong attacks", "certified"} <= set(rows[2].perturbation) == set(rows[3].perturbation)
+    assert rows[2].hits[0].tolist() == rows[0].hits[0].tolist() and records[2]["metrics"]["filters"] == records[0]["metrics"]["filters"]
+    m = records[3]["metrics"]
+    assert m["history"] == [] and "filters" not in m and m["valid_accuracy"] == rows[3].accuracy[0] and 0 <= m["train_accuracy"] <= 100
+
+def test_all_that_claim_to_be_robust_are_held_against_the_same():
+    runs = strongest()
+    assert {r.section for r in runs} == {"robustness"} and "robustness" in experiments.ATTACKED and "robustness" in experiments.MEASURED
+    assert {*KEPT, "baseline", "ensemble"} < {r.name for r in runs} and len({r.sources for r in runs}) == 1
 
 def test_a_network_to_start_from_is_trained_first_and_not_twice(go):
     first = net("first")

@@ -1,10 +1,8 @@
 """Normalisation, stages, freezing, and files that are damaged, foreign or hostile."""
-import hashlib
 import json
 import os
 import re
 import shutil
-import urllib.error
 
 import pytest
 import torch
@@ -229,23 +227,6 @@ def test_a_failed_save_leaves_the_older_file(small, file, monkeypatch):
 
 
 # pretrained weights, without a network
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    "Put a stand-in for a network's pretrained weights into an empty hub folder."
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path)); monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    def offline(*args, **kwargs): raise urllib.error.URLError("no network in tests")
-    monkeypatch.setattr(torch.hub, "urlopen", offline)
-    undo = []
-    def put(name, weights, state, wrong=False):
-        folder = tmp_path/"hub"/"checkpoints"; folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, folder/"new")
-        digest = "0"*8 if wrong else hashlib.sha256((folder/"new").read_bytes()).hexdigest()[:8]
-        (folder/"new").rename(folder/f"{name}-{digest}.pth")
-        undo.append((weights.value, weights.url)); object.__setattr__(weights.value, "url", f"https://example.invalid/{name}-{digest}.pth")
-        return folder/f"{name}-{digest}.pth"
-    yield put
-    for value, url in undo: object.__setattr__(value, "url", url)
 
 RESNET = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
 

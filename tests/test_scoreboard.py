@@ -92,8 +92,8 @@ def test_runs_that_repeat_the_baseline_are_left_out_where_it_is_on_record():
 
 def test_what_repeats_the_baseline_is_trained_like_it():
     trained = {(r.section, r.name): _home(replace(r, watch=None), SCALES["lite"], 0, dict(fingerprint="f"), ".") for runs in SECTIONS.values() for r in runs() if not r.members}
-    twins = {k for k, v in trained.items() if k[0] != "baseline" and v in {trained["baseline", "plain"], trained["baseline", "flip + crop"]}}
-    assert set(REPEATED) == twins
+    twins = {k for k, v in trained.items() if k[0] not in ("baseline", "robustness") and v in {trained["baseline", "plain"], trained["baseline", "flip + crop"]}}
+    assert set(REPEATED) == twins # the section `robustness` repeats all of its networks, with more to hold against them
 
 def test_runs_are_chosen_by_section_and_name():
     records = [made("plain"), made("E", "random_erase"), made("FE", "random_erase")]
