@@ -86,13 +86,22 @@ def spread(records:list, # of any runs
     df = sum(len(g) - 1 for g in groups)
     return (math.sqrt(sum(np.var(g, ddof=1)*(len(g) - 1) for g in groups)/df) if df else 0.), df
 
+def _shared(records, perturbations):
+    "Those that all networks with several seeds were measured under."
+    seeds = {}
+    for r in records: seeds.setdefault(_recipe(r), set()).add(r["seed"])
+    measured = [_common([r]) for r in records if _recipe(r) and len(seeds[_recipe(r)]) > 1]
+    return tuple(p for p in perturbations if measured and all(p in m for m in measured))
+
 def seed_spread(records:list, # of any runs
                 perturbation:tuple=CLEAN, # and its strength; or several of them
                 enough:int=5, # degrees of freedom
                ) -> tuple[float, int]: # standard deviation in points, degrees of freedom
-    "`spread` of the accuracy under a perturbation; where too few seeds are on record, that of all perturbations."
+    "`spread` of the accuracy under a perturbation; where too few seeds are on record, of a mean over those that were measured, or that of any perturbation."
     own = spread(records, lambda r: _accuracy(r, perturbation))
     if own[1] >= enough: return own
+    shared = _shared(records, _each(perturbation))
+    if len(shared) > 1 and (part := spread(records, lambda r: _accuracy(r, shared)))[1] >= enough: return part # a mean over fewer varies more, if anything
     by = {id(r): {p: _accuracy(r, p) for p in _common([r])} for r in records}
     each = [spread(records, lambda r, p=p: by[id(r)].get(p)) for p in set().union(*by.values())]
     return math.sqrt(sum(s**2*df for s, df in each)/max(1, sum(df for _, df in each))), max((df for _, df in each), default=0)

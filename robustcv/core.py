@@ -244,5 +244,6 @@ COLORS = {"baseline": ".5", "plain": ".5", "flip + crop": "C0", "E": "C1", "FE":
 
 def model_colors(names) -> dict: # name to a matplotlib colour
     "The colours of models: those of `COLORS`, and for other names what the palette has left, in order."
-    free = iter([c for c in [f"C{i}" for i in range(10)] if c not in {COLORS.get(n) for n in names}]*10)
+    palette = [f"C{i}" for i in range(10) if i != 7] # which is gray, as the baseline is
+    free = iter([c for c in palette if c not in {COLORS.get(n) for n in names}]*10)
     return {n: COLORS.get(n) or next(free) for n in names}

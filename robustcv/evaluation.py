@@ -247,7 +247,8 @@ def plot_strength(tables:dict, # name to an evaluation
         if rows.empty: raise ValueError(f"perturbation '{perturbation}' is not in the table of {name}: it has {', '.join(sorted(set(t.perturbation)))}")
         ax.plot(rows.strength, rows.accuracy, color=colors[name], marker="o", markersize=4, label=name)
         ax.fill_between(rows.strength, rows.low, rows.high, color=colors[name], alpha=.2, linewidth=0)
-    ax.set(xlabel=f"{perturbation} ({rows.unit.iloc[0]})", ylabel="accuracy (%)", ylim=(0, 100)); ax.legend(fontsize=8)
+    ax.set(xlabel=f"{perturbation} ({rows.unit.iloc[0]})", ylabel="accuracy (%)", ylim=(0, 100))
+    ax.legend(fontsize=8, **(dict(loc="upper left", bbox_to_anchor=(1.02, 1)) if len(tables) > 4 else {})) # many do not fit inside
     return ax
 
 # %% ../nbs/05_evaluation.ipynb #cc3293ea

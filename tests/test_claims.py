@@ -136,6 +136,15 @@ def test_two_seeds_of_one_run_are_not_enough_to_tell_the_spread_of_a_perturbatio
     assert seed_spread(records, ("noise", .1)) == (pytest.approx(math.sqrt((sd**2*7 + 50)/8)), 7), "pooled with what is known better"
     assert seed_spread(records[-2:]) == (pytest.approx(5.), 1) and seed_spread(records[-1:]) == (0., 0)
 
+def test_a_mean_spreads_like_the_mean_of_what_the_repeated_runs_were_measured_under():
+    opposite = lambda s: {("noise", .1): np.arange(10) < 4 + s, ("blur", 1.): np.arange(10) < 6 - s}
+    records = [made(n, np.arange(10) < 5, s, under=opposite(s)) for n in "abc" for s in range(3)]
+    single = made("once", np.arange(10) < 5, under={**opposite(0), ("noise", .2): np.arange(10) < 3})
+    means = (("noise", .1), ("blur", 1.), ("noise", .2))
+    assert spread([*records, single], lambda r: None if r is single else 0.) == (0., 6)
+    assert seed_spread([*records, single], means) == (pytest.approx(0.), 6), "what varies in opposite directions leaves the mean alone"
+    assert seed_spread([*records, single], ("noise", .2))[0] > 5, "one perturbation is as uncertain as any"
+
 
 # claims on records
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
 from robustcv.core import SCALES
@@ -12,7 +13,7 @@ from robustcv.perturbations import standard_perturbations
 from robustcv.experiments import _home
 from robustcv.figures import draw_figures, draw_summary
 from robustcv.grids import SECTIONS
-from robustcv.scoreboard import FAMILIES, REPEATED, plot_scoreboard, scoreboard
+from robustcv.scoreboard import FAMILIES, REPEATED, as_text, plot_scoreboard, scoreboard
 
 STANDARD = {(p.name, None if math.isnan(p.strength) else p.strength): 10*k for k, p in enumerate(standard_perturbations())} # percent right, in steps
 SIZES = {"clean": 1, "orientation": 5, "noise": 5, "blur": 3, "occlusion": 3, "brightness": 2, "contrast": 2, "saturation": 2, "hue": 2}
@@ -105,6 +106,13 @@ def test_runs_are_chosen_by_section_and_name():
     ([made("plain")], ["plain"], "unknown run 'plain'"), ([made("plain")], ["baseline / plane"], "did you mean 'baseline / plain'"), ([made("plain")], [], "none is named")])
 def test_what_cannot_be_shown_is_refused(records, runs, said):
     with pytest.raises(ValueError, match=said): scoreboard(records, runs)
+
+
+def test_as_text_rounds_leaves_blanks_and_drops_a_shared_section():
+    frame = pd.DataFrame({"clean": [51.25, math.nan], "worst": [3., 4.06]}, index=["a / x", "a / y"])
+    assert as_text(frame).to_dict("records") == [{"run": "x", "clean": "51.2", "worst": "3.0"}, {"run": "y", "clean": "", "worst": "4.1"}]
+    assert as_text(frame.set_axis(["a / x", "b / y"])).run.tolist() == ["a / x", "b / y"]
+    assert frame.index.tolist() == ["a / x", "a / y"]
 
 
 # pictures
