@@ -35,8 +35,8 @@ from .training import fit, fit_from
 EXTRA = {"color_jitter": color_perturbations, "random_erase": erase_perturbations, "stability": stability_perturbations, "symmetry": symmetry_perturbations,
          "multi_task": affine_perturbations, "robustness": stability_perturbations} # what a section measures beyond the standard perturbations
 ATTACKED = ("fgsm", "adversarial_training", "robustness") # sections that measure `attack_perturbations`
-QUICK = {"smoke": dict(attacks=dict(most=(16, 16), steps=5, targets=1, queries=5), certificates=dict(most=4, n0=5, n=20), strengths={"corruption": 3, "occlusion at": .25}),
-         "demo": dict(attacks=dict(eps=(.1, .2, .4), most=(50, 20), steps=20, targets=3, queries=100), certificates=dict(most=20, n0=10, n=100),
+QUICK = {"smoke": dict(attacks=dict(most=(16, 16), steps=5, targets=1, queries=5), watch=dict(images=16, steps=2), certificates=dict(most=4, n0=5, n=20), strengths={"corruption": 3, "occlusion at": .25}),
+         "demo": dict(attacks=dict(eps=(.1, .2, .4), most=(30, 12), steps=20, targets=3, queries=100), watch=dict(images=30, steps=5), certificates=dict(most=20, n0=10, n=100),
                       strengths={"corruption": 3, "occlusion at": .25})} # scales at which it counts that everything runs, not how exact or strong it is
 
 # %% ../nbs/20_experiments.ipynb #8db22ed2
@@ -111,7 +111,7 @@ def _train(run, seed, at, where):
     train, settings = degrade_boxes(at.train, *run.degraded, seed) if run.degraded else at.train, run.settings(at.scale)
     model = begin or build_model(run.model, len(train.classes), pretrained=at.scale.pretrained, stem=run.stem, boxes=run.boxes)
     if run.first: return model, fit_from(model, run.first, train, at.valid, settings, seed, at.device, where, pooled=run.pooled)
-    return model, fit(model, train, at.valid, run.objective, run.transform, settings, seed, at.device, where, run.watch and run.watch())
+    return model, fit(model, train, at.valid, run.objective, run.transform, settings, seed, at.device, where, run.watch and run.watch(**QUICK.get(at.scale.size, {}).get("watch", {})))
 
 def _network_of(section, name, seed, at):
     "The network of another run."
@@ -190,8 +190,9 @@ def measure_members(runs:list, # with members, and the same sources
     "Ensembles under every perturbation of the library, with FGSM on the ensemble itself, calibration and disagreement; the members are passed through once for all."
     members = {m: _network_of(*m, seed, at) for m in dict.fromkeys(m for r in runs for m in r.members)}
     attacks, kinds = _attacks(runs[0], at), ("random signs", "FGSM from")
-    still = (standard_perturbations() + [p for s in EXTRA if s not in ATTACKED for p in _extra(s, at.scale) if not p.name.startswith("occlusion at")]
-             + [p for p in attacks if p.name.startswith(kinds)])
+    extra = [p for s in EXTRA if s not in ATTACKED for p in _extra(s, at.scale) if not p.name.startswith("occlusion at")]
+    if at.scale.size in QUICK: extra = list({p.name: p for p in extra}.values()) # one strength of each
+    still = standard_perturbations() + extra + [p for p in attacks if p.name.startswith(kinds)]
     own = [replace(p, most=200) for p in attacks if p.name == "FGSM"]
     groups, how = {r.name: r.members for r in runs}, dict(seed=seed, device=at.device)
     tables, seen = evaluate_together(members, groups, at.valid, still, **how), evaluate_together(members, groups, spread_over(at.train, len(at.valid)), still[:1], **how)
