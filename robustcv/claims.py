@@ -75,6 +75,7 @@ def _recipe(record):
     what = {k: v for k, v in run.items() if v and k not in ("section", "name", "sources", "watch")}
     return json.dumps([what or [record["section"], record["name"]], record.get("config", {}).get("training")], sort_keys=True)
 
+# %% ../nbs/21_claims.ipynb #adc93ede
 def spread(records:list, # of any runs
            measure=_accuracy, # record -> a number; None: it has none
           ) -> tuple[float, int]: # standard deviation over seeds, degrees of freedom (0: unknown)
@@ -86,6 +87,7 @@ def spread(records:list, # of any runs
     df = sum(len(g) - 1 for g in groups)
     return (math.sqrt(sum(np.var(g, ddof=1)*(len(g) - 1) for g in groups)/df) if df else 0.), df
 
+# %% ../nbs/21_claims.ipynb #97386f41
 def _shared(records, perturbations):
     "Those that all networks with several seeds were measured under."
     seeds = {}

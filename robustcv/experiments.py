@@ -77,6 +77,7 @@ class Setting:
     say:object=print # where progress goes, a line at a time
     data:dict=field(default_factory=dict) # of further images: cache, workers
     lent:dict=field(default_factory=dict) # name of a source to `Transferred`
+    measured:dict=field(default_factory=dict) # network and perturbation to a row of `evaluate`
 
     @property
     def about(self) -> dict: return describe_data(self.train, self.valid)
@@ -148,9 +149,20 @@ def train_run(run:Run, seed:int, at:Setting) -> dict: # metrics of the record
     "Train and measure one run."
     attacks = _attacks(run, at) if run.section in ATTACKED else []
     model, history = network(run, seed, at)
-    table = evaluate(model, at.valid, standard_perturbations() + _extra(run.section, at.scale) + attacks, seed=seed, device=at.device)
+    table = _evaluate(model, standard_perturbations() + _extra(run.section, at.scale) + attacks, seed, at, _home(run, at.scale, seed, at.about, at.folder))
     table, more = MEASURED[run.section](run, model, table, seed, at) if run.section in MEASURED else (table, {})
-    return dict(evaluation=pack(table), **(_averaged(model, table, seed, at) if run.members else _learnt(run, model, history, at.scale)), **more)
+    if run.members: learnt = _averaged(evaluate(model, spread_over(at.train, len(at.valid)), standard_perturbations()[:1], seed=seed, device=at.device), table)
+    else: learnt = _learnt(run, model, history, at.scale)
+    return dict(evaluation=pack(table), **learnt, **more)
+
+# %% ../nbs/20_experiments.ipynb #be371f4d
+def _evaluate(model, perturbations, seed, at, home):
+    "`evaluate`, without measuring again what another section has measured of the same network."
+    key = lambda p: (home, p.name, str(p.strength), p.most)
+    if new := [p for p in perturbations if key(p) not in at.measured]:
+        rows = evaluate(model, at.valid, new, seed=seed, device=at.device).to_dict("records")
+        at.measured.update(zip(map(key, new), rows, strict=True))
+    return pd.DataFrame([at.measured[key(p)] for p in perturbations])
 
 def _learnt(run, model, history, scale):
     "The learning curve, the accuracies of the weights measured here, and the first-layer filters."
@@ -160,9 +172,8 @@ def _learnt(run, model, history, scale):
                 images_per_second=history.images_per_second.median(),
                 filters=dict(shape=filters.shape, float16=base64.b64encode(filters.astype("<f2").tobytes()).decode()))
 
-def _averaged(model, table, seed, at):
-    "What takes its place for an ensemble."
-    seen = evaluate(model, spread_over(at.train, len(at.valid)), standard_perturbations()[:1], seed=seed, device=at.device)
+def _averaged(seen, table):
+    "What takes its place for an ensemble, from its evaluations on training and on validation images."
     return dict(history=[], train_accuracy=float(seen.accuracy.iloc[0]), valid_accuracy=float(table.accuracy.iloc[0]))
 
 # %% ../nbs/20_experiments.ipynb #9b59ca36
@@ -170,8 +181,9 @@ CERTIFIED = ("baseline", "α = 0.01", "noise 0.1", "noise 0.4") # runs of the se
 
 def _certificates(run, model, table, seed, at):
     few = QUICK.get(at.scale.size, {}).get("certificates", {})
-    certified = run.section != "stability" or run.name in CERTIFIED
-    return measure_certificates(model, at.valid, table, seed=seed, device=at.device, **few) if certified else table, {}
+    return measure_certificates(model, at.valid, table, seed=seed, device=at.device, **few), {}
+
+def _some_certificates(run, *args): return _certificates(run, *args) if run.name in CERTIFIED else (args[1], {})
 
 def _orbit(run, model, table, seed, at): return measure_orbit(model, at.valid, table, seed=seed, device=at.device), {}
 
@@ -182,7 +194,7 @@ def _boxes(run, model, table, seed, at):
     table, mean = measure_boxes(model, table, at.valid, at.device)
     return table, {"boxes": count_boxes(at.train), "mean_iou": mean}
 
-MEASURED = {"symmetry": _orbit, "stability": _certificates, "multi_task": _boxes, "robustness": _certificates} # what a section measures beyond perturbations: the table with more rows, and more metrics
+MEASURED = {"symmetry": _orbit, "stability": _some_certificates, "multi_task": _boxes, "robustness": _certificates} # what a section measures beyond perturbations: the table with more rows, and more metrics
 
 # %% ../nbs/20_experiments.ipynb #5c3645e1
 def measure_members(runs:list, # with members, and the same sources
@@ -200,8 +212,7 @@ def measure_members(runs:list, # with members, and the same sources
     for name, ms in groups.items():
         model = Ensemble({" / ".join(m): members[m] for m in ms})
         table = pd.concat([tables[name], evaluate(model, at.valid, own, **how)], ignore_index=True)
-        out[name] = dict(history=[], evaluation=pack(table), train_accuracy=float(seen[name].accuracy.iloc[0]), valid_accuracy=float(table.accuracy.iloc[0]),
-                         calibration=_calibration(predict(model, at.valid, device=at.device), at.valid.labels), disagreement=disagreement({_short(m): alone[m].predicted.iloc[0] for m in ms}).to_dict())
+        out[name] = dict(evaluation=pack(table), **_averaged(seen[name], table), calibration=_calibration(predict(model, at.valid, device=at.device), at.valid.labels), disagreement=disagreement({_short(m): alone[m].predicted.iloc[0] for m in ms}).to_dict())
     return out
 
 # %% ../nbs/20_experiments.ipynb #b25fe836

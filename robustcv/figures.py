@@ -303,7 +303,7 @@ def draw_figures(records:list, # of one section, scale and data set
         for name, plot in {"orientations": plot_orientations, "selectivity": plot_selectivity, "cost": plot_cost}.items(): keep(name, plot(records).figure)
     if r["section"] == "robustness": keep("scoreboard", plot_scoreboard(scoreboard(records)).figure)
     if r["section"] == "multi_task" and any(n.startswith("boxes ") for n in runs): keep("degraded", plot_degraded(records)[0].figure)
-    if "filters" in r["metrics"]: keep("filters", show_filters(filters(r)))
+    if r["section"] in ("baseline", "symmetry"): keep("filters", show_filters(filters(r))) # the others begin with the same network
     if images is not None: keep("examples", show_perturbations(images.images[torch.linspace(0, len(images) - 1, 4).long()], standard_perturbations()[::2]))
     return out
 

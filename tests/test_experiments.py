@@ -218,11 +218,11 @@ def figure_names(records, folder):
 
 @pytest.mark.parametrize("records, expected", [
     ([record(), record(seed=1), record("flip + crop")], ["curves", "perturbations", "filters"]), ([record(n) for n in "abcd"], ["runs", "filters"]),
-    (jittered(), ["runs", "fields", "filters"]), (jittered()[:3], ["curves", "perturbations", "fields", "filters"]),
-    (jittered()[1:2], ["curves", "perturbations", "fields", "filters"]),
-    (attacked(), ["curves", "perturbations", "attacks", "watched", "filters"]), (erased(), ["runs", "occlusion", "filters"]), (erased()[1:3], ["curves", "perturbations", "filters"]),
+    (jittered(), ["runs", "fields"]), (jittered()[:3], ["curves", "perturbations", "fields"]),
+    (jittered()[1:2], ["curves", "perturbations", "fields"]),
+    (attacked(), ["curves", "perturbations", "attacks", "watched"]), (erased(), ["runs", "occlusion"]), (erased()[1:3], ["curves", "perturbations"]),
     (turned_records(), ["curves", "perturbations", "orientations", "selectivity", "cost", "filters"]),
-    (noisy_records(), ["curves", "perturbations", "trade-off", "corruptions", "noise", "certified", "filters"])],
+    (noisy_records(), ["curves", "perturbations", "trade-off", "corruptions", "noise", "certified"])],
     ids=["baseline", "many runs", "jitter", "some jitter", "jitter without a baseline", "attacks", "erase", "erase without a baseline", "symmetry", "stability"])
 def test_every_section_has_its_figures(records, expected, tmp_path): assert figure_names(records, tmp_path/"figures") == expected
 
@@ -314,7 +314,7 @@ def test_a_run_is_recorded_once_and_then_skipped(go, tmp_path, tiny):
     assert model.classes == ("apple", "striped balloon")
     torch.testing.assert_close(filters(record), model.net.conv1[0].weight.detach(), atol=1e-3, rtol=1e-3)
     names = [p.name for p in draw_figures([record], tmp_path/"figures", scale_data(SCALES["smoke"], tiny)[1])]
-    assert names == [f"tiny-smoke-{n}.png" for n in ("curves", "perturbations", "filters", "examples")]
+    assert names == [f"tiny-smoke-{n}.png" for n in ("curves", "perturbations", "examples")]
     assert all((tmp_path/"figures"/n).stat().st_size > 1000 for n in names)
 
 def test_an_interrupted_run_is_continued(go, tmp_path):

@@ -229,6 +229,17 @@ def test_all_that_claim_to_be_robust_are_held_against_the_same():
     assert {r.section for r in runs} == {"robustness"} and "robustness" in experiments.ATTACKED and "robustness" in experiments.MEASURED
     assert {*KEPT, "baseline", "ensemble"} < {r.name for r in runs} and len({r.sources for r in runs}) == 1
 
+def test_a_network_is_measured_once_however_many_sections_ask(go, monkeypatch):
+    asked, real = [], experiments.evaluate
+    monkeypatch.setattr(experiments, "evaluate", lambda model, images, perturbations, **how: asked.append([p.name for p in perturbations]) or real(model, images, perturbations, **how))
+    monkeypatch.setitem(experiments.EXTRA, "two", lambda: [Perturbation("black", lambda x, y, m: 0*x)])
+    a, b = net("a"), replace(net("b"), section="two")
+    first, second = go([a], [b])
+    assert asked == [["clean", "noise"], ["black"]]
+    assert measured(second)[:2] == measured(first) and [e["perturbation"] for e in second["metrics"]["evaluation"]] == ["clean", "noise", "black"]
+    asked.clear(); go([replace(a, name="c")], seeds=[0, 1])
+    assert asked == [["clean", "noise"]]*2, "another seed is another network"
+
 def test_a_network_to_start_from_is_trained_first_and_not_twice(go):
     first = net("first")
     on = replace(net("on"), start=("one", "first"), first="head", objective=cross_entropy)
