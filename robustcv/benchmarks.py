@@ -19,7 +19,8 @@ from torchvision.transforms import v2
 from .adversarial_training import adversarial_loss
 from .color_jitter import ColorJitter
 from .core import choose, device_name, generator, normalized, pick_device, seed_everything
-from .data import Batches, ImageSet, _find_tiny, _scan_tiny, _write_cache, cache_folder, load_data, load_tiny_imagenet, take
+from .cache import cache_folder, write_cache
+from .data import Batches, ImageSet, _find_tiny, _scan_tiny, load_data, load_tiny_imagenet, take
 from .fgsm import fgsm, fold_batchnorm, pgd
 from .models import build_model
 from .random_erase import RandomErase
@@ -149,7 +150,7 @@ def decode(data, rounds=3, most=20_000):
     few = (files[:most], labels[:most], boxes[:most], meta)
     with tempfile.TemporaryDirectory() as d:
         path = Path(d)/"decoded.safetensors"
-        seconds = interleave({"ours": lambda: _write_cache(path, few, None, 2), "PIL, one process": lambda: _pil(few[0]), "floor": lambda: _pil_processes(few[0])}, rounds)
+        seconds = interleave({"ours": lambda: write_cache(path, few, None, 2), "PIL, one process": lambda: _pil(few[0]), "floor": lambda: _pil_processes(few[0])}, rounds)
     yield line("decode", seconds, len(few[0]), rounds)
     opened = interleave({"ours": lambda: load_tiny_imagenet(root)}, 9)["ours"] # the call that warms up decodes, if need be
     yield dict(measure="open", ours=round(opened, 5), unit=f"seconds to open {len(files):,} images", peers={}, best_peer_ratio=None, floor=None,

@@ -19,7 +19,8 @@ import torch
 
 from .core import (SCALES, Scale, append_record, atomic_path, choose, derive_seed, describe, load_records, make_record,
                            pick_device, run_id, seed_everything)
-from .data import ImageSet, cache_folder, load_data, subset
+from .cache import cache_folder
+from .data import ImageSet, load_data, subset
 from .ensemble import Ensemble, disagreement, expected_calibration_error, fit_temperature, predict
 from .perturbations import (affine_perturbations, attack_perturbations, color_perturbations, erase_perturbations, stability_perturbations,
                                     standard_perturbations, symmetry_perturbations)

@@ -153,4 +153,4 @@ def find_run(section:str, name:str) -> Run:
 DEMO = {"baseline": ("flip + crop", "plain"), "color_jitter": ("baseline", "contrast 5"), "random_erase": ("baseline", "E", "FE", "FCE"),
         "fgsm": ("ResNet-18, not augmented", "DenseNet-121", "ResNet-18"), "adversarial_training": ("data",),
         "stability": ("baseline", "α = 0.01"), "symmetry": ("baseline", "layer 2+", "two phases"), "multi_task": ("baseline", "multi-task"),
-        "ensemble": ("ensemble", *KEPT), "robustness": ("adversarial data",)} # names of runs by section
+        "ensemble": ("ensemble", *KEPT), "robustness": ("baseline", "adversarial data")} # names of runs by section

@@ -11,7 +11,8 @@ import torch
 
 from robustcv import experiments
 from robustcv.core import SCALES, append_record, load_records
-from robustcv.data import cache_folder, load_data, load_tiny_imagenet
+from robustcv.cache import cache_folder
+from robustcv.data import load_data, load_tiny_imagenet
 from robustcv.ensemble import Ensemble, combine
 from robustcv.perturbations import Perturbation, affine_perturbations
 from robustcv.stability import add_noise

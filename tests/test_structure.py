@@ -11,7 +11,7 @@ import pytest
 import robustcv
 
 HERE = Path(robustcv.__file__).parent
-LAYERS = [["core"], ["download"], ["data"], ["synthetic", "transforms", "models"],
+LAYERS = [["core"], ["cache", "download", "drawing"], ["data"], ["synthetic", "transforms", "models"],
           ["color_jitter", "random_erase", "fgsm", "stability", "symmetry", "multi_task", "ensemble"], ["adversarial_training"],
           ["perturbations", "training"], ["evaluation", "grids"], ["experiments", "tables"], ["claims", "scoreboard", "benchmarks"], ["figures"], ["__main__"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from robustcv.data import load_tiny_imagenet
-from robustcv.synthetic import CLASSES, draw_image, draw_scene, make_synthetic, mask_box
+from robustcv.drawing import CLASSES, draw_image, draw_scene, mask_box
+from robustcv.synthetic import make_synthetic
 
 def contents(root): return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file()}
 
