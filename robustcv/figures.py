@@ -46,7 +46,7 @@ def plot_runs(records:list, # of one section, scale and data set
         ax.errorbar(row.accuracy, y, xerr=[[row.accuracy - row.low], [row.high - row.accuracy]], marker="o", markersize=5, color=color, lw=1.2)
         ax.plot(np.mean([r["metrics"]["train_accuracy"] for r in rs]), y, marker="o", markersize=5, markerfacecolor="none", color=color)
         if y == 0: ax.axvline(row.accuracy, color=color, lw=.8, ls=":", zorder=0)
-    ax.set_yticks(range(len(runs)), list(runs), fontsize=8); ax.invert_yaxis(); ax.grid(False, axis="y")
+    ax.set_yticks(range(len(runs)), list(runs), fontsize=8); ax.set_ylim(len(runs) - .4, -.6); ax.grid(False, axis="y")
     what = " ".join(str(p) for p in perturbation if p is not None)
     ax.set(xlabel="accuracy (%)", xlim=(None, 101), title=f"filled: validation, {what}; hollow: training; dotted: {next(iter(runs))}")
     return ax
