@@ -7,7 +7,7 @@ __all__ = ['app', 'data_app', 'command', 'get', 'synthetic', 'info', 'train', 'e
            'figures', 'claims', 'show_scoreboard', 'record', 'main']
 
 # %% ../nbs/40_command_line.ipynb #333437cf
-import functools, json, os, sys, warnings
+import functools, json, os, shutil, sys, textwrap, warnings
 from pathlib import Path
 
 import pandas as pd
@@ -184,9 +184,16 @@ def demo(scale:str=typer.Option("demo", help=_SCALES_HELP),
     records = run_sections(list(DEMO), scale, data, results=out/"results", folder=out/"runs", names=DEMO)
     figures = [f for s in DEMO for f in draw_figures([r for r in records if r["section"] == s], out/"figures")] + draw_summary(records, out/"figures")
     print(f"\n{caption(records)}\n\naccuracy in %:"); _show_wide(scoreboard(records))
-    print(f"\nthe article's claims{_drawn(records)}:"); _show(summary_table(records))
+    print(f"\nthe article's claims{_drawn(records)}, with effects in points:"); _show_claims(summary_table(records))
     print(f"\nrecords: {out/'results'} ({len(records)})   models: {out/'runs'}   figures: {out/'figures'} ({len(figures)})")
     print(f"report: {write_report(out/'report.html', out/'results', scale)}")
+
+def _show_claims(frame):
+    "A paragraph a claim, as wide as the terminal."
+    width = max(60, shutil.get_terminal_size((120, 24)).columns)
+    for claim, statement, found, said in frame.itertuples(index=False):
+        for start, text in ((f"{claim:4} {said:13} ", statement), (" "*19, found)):
+            print(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" "*19, break_on_hyphens=False))
 
 def _show_wide(frame): print(frame.to_string(float_format=lambda v: f"{v:.0f}", na_rep=""))
 
@@ -203,7 +210,7 @@ def write_report(path, # HTML file to write
     except ImportError: return "none: it needs nbconvert (`pip install jupyterlab`)"
     if not notebook.is_file(): return f"none: {notebook} is not there; it comes with a checkout of the repository"
     nb = nbformat.read(notebook, 4)
-    client = nbclient.NotebookClient(nb, timeout=600, resources={"metadata": {"path": str(notebook.parent)}})
+    client = nbclient.NotebookClient(nb, timeout=600, extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(notebook.parent)}})
     try: client.execute(env={**os.environ, "ROBUSTCV_RESULTS": str(Path(results).resolve()), "ROBUSTCV_SCALE": scale})
     except (nbclient.exceptions.CellExecutionError, nbclient.exceptions.DeadKernelError, nbclient.exceptions.CellTimeoutError) as e:
         return f"none: {notebook.name} cannot be executed on {results} ({(str(e).strip() or repr(e)).splitlines()[-1][:200]})"

@@ -301,7 +301,7 @@ def differences(claim:Claim, # to be tested
 # %% ../nbs/21_claims.ipynb #0d4fb32a
 NOTEBOOKS = {"baseline": "20_experiments.ipynb", "color_jitter": "10_color_jitter.ipynb", "random_erase": "11_random_erase.ipynb", "fgsm": "12_fgsm.ipynb",
              "adversarial_training": "13_adversarial_training.ipynb", "stability": "14_stability.ipynb", "symmetry": "15_symmetry.ipynb",
-             "multi_task": "16_multi_task.ipynb", "ensemble": "17_ensemble.ipynb", "robustness": "23_scoreboard.ipynb"} # of the sections
+             "multi_task": "16_multi_task.ipynb", "ensemble": "17_ensemble.ipynb", "robustness": "23_scoreboard.ipynb", "recipe": "17a_recipe.ipynb"} # of the sections
 
 def verdict(found:list) -> str:
     "Of a claim, from those of its differences."

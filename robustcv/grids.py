@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'SECTIONS', 'DEMO', 'Run', 'baseline', 'color_jitter', 'random_erase', 'attacked', 'adversarial', 'stable',
-           'symmetric', 'multi_tasked', 'together', 'strongest', 'find_run']
+           'symmetric', 'multi_tasked', 'together', 'strongest', 'better', 'find_run']
 
 # %% ../nbs/19_grids.ipynb #4f733043
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,7 @@ from .color_jitter import ColorJitter
 from .core import Scale, choose, normalized
 from .multi_task import multi_task_loss
 from .random_erase import GaussianDistortion, RandomErase
+from .recipe import mixed_loss
 from .stability import RandomNoise, stability_loss
 from .training import Training, cross_entropy
 from .transforms import (Compose, Pad, PerImage, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
@@ -139,10 +140,18 @@ def strongest() -> list[Run]:
     return [*[replace(find_run(*m), section="robustness", name=n, sources=source) for n, m in others.items()],
             Run("robustness", "ensemble", members=tuple(KEPT.values()), sources=source)]
 
+# %% ../nbs/19_grids.ipynb #a085bc31
+def better() -> list[Run]:
+    "From the baseline to the best network that longer training and a finer stem give, one ingredient after the other."
+    augment, mixed = baseline()[0].transform, dict(objective=mixed_loss, length=2.)
+    strong = mixed | dict(transform=Compose(augment, PerImage(v2.TrivialAugmentWide())))
+    return [Run("recipe", "baseline", transform=augment), Run("recipe", "CutMix", transform=augment, objective=mixed_loss), Run("recipe", "longer", transform=augment, **mixed),
+            Run("recipe", "TrivialAugment", **strong), *[Run("recipe", f"{s} stem", stem=s, **strong) for s in ("half", "small")]]
+
 # %% ../nbs/19_grids.ipynb #5aa2f794
 SECTIONS = {"baseline": baseline, "color_jitter": color_jitter, "random_erase": random_erase, "fgsm": attacked, "adversarial_training": adversarial,
             "stability": stable, "symmetry": symmetric, "multi_task": multi_tasked, "ensemble": together,
-            "robustness": strongest}
+            "robustness": strongest, "recipe": better}
 
 def find_run(section:str, name:str) -> Run:
     "A run by the name of its section and its own."
@@ -153,4 +162,4 @@ def find_run(section:str, name:str) -> Run:
 DEMO = {"baseline": ("flip + crop", "plain"), "color_jitter": ("baseline", "contrast 5"), "random_erase": ("baseline", "E", "FE", "FCE"),
         "fgsm": ("ResNet-18, not augmented", "DenseNet-121", "ResNet-18"), "adversarial_training": ("data",),
         "stability": ("baseline", "α = 0.01"), "symmetry": ("baseline", "layer 2+", "two phases"), "multi_task": ("baseline", "multi-task"),
-        "ensemble": ("ensemble", *KEPT), "robustness": ("baseline", "adversarial data")} # names of runs by section
+        "ensemble": ("ensemble", *KEPT), "robustness": ("baseline", "adversarial data"), "recipe": ("baseline", "CutMix")} # names of runs by section

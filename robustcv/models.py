@@ -98,11 +98,11 @@ def _stages(net):
     inside = [f"{head.rpartition('.')[0]}.{n}" for n, _ in net.get_submodule(head.rpartition(".")[0]).named_children()] if "." in head else []
     return {"body": body + [p for p in inside if p != head], "head": [head]}
 
-def _small_stem(net):
-    "Replace a 7×7/2 convolution and its pooling by a 3×3/1 convolution."
+def _small_stem(net, stride):
+    "Replace a 7×7/2 convolution and its pooling by a 3×3 convolution."
     old = {torchvision.models.ResNet: ("conv1", "maxpool"), torchvision.models.DenseNet: ("features.conv0", "features.pool0")}.get(type(net))
-    if old is None: raise ValueError(f"stem='small' is known for ResNets and DenseNets, not for {type(net).__name__}; use stem='imagenet'")
-    net.set_submodule(old[0], nn.Conv2d(3, net.get_submodule(old[0]).out_channels, 3, padding=1, bias=False))
+    if old is None: raise ValueError(f"stem='small' and 'half' are known for ResNets and DenseNets, not for {type(net).__name__}; use stem='imagenet'")
+    net.set_submodule(old[0], nn.Conv2d(3, net.get_submodule(old[0]).out_channels, 3, stride, padding=1, bias=False))
     net.set_submodule(old[1], nn.Identity())
     nn.init.kaiming_normal_(net.get_submodule(old[0]).weight, mode="fan_out", nonlinearity="relu")
     return old[0] + ".weight"
@@ -123,12 +123,12 @@ def _create(name, num_classes):
 def build_model(name:str, # "resnet18", "densenet121", any torchvision classifier, any timm name where timm is installed
                 num_classes:int, # K
                 pretrained:bool=False, # start from torchvision's ImageNet weights
-                stem:str="imagenet", # or "small": 3×3 convolution, no pooling
+                stem:str="imagenet", # 7×7/2 and pooling; or, without pooling, "half": 3×3/2, or "small": 3×3/1
                 weights=None, # file to start from instead: torchvision's .pth or this library's .safetensors
                 boxes:bool=False, # a second head, for one bounding box, on the same trunk
                ) -> Classifier: # maps (B,3,H,W) in [0,1] to logits (B,K)
     "A classifier with normalisation inside; a head for another number of classes, or without boxes, is replaced by a new one."
-    choose("stem", stem, ["imagenet", "small"])
+    choose("stem", stem, ["imagenet", "half", "small"])
     if num_classes < 2: raise ValueError(f"num_classes={num_classes}: a classifier needs at least 2")
     state, outputs = _read_weights(weights) if weights else _pretrained_weights(name) if pretrained else None, num_classes + 4*boxes
     net = _create(name, outputs)
@@ -137,7 +137,7 @@ def build_model(name:str, # "resnet18", "densenet121", any torchvision classifie
     if state is not None:
         head = stages["head"][0] + ".weight" if "head" in stages else None
         if head in state and len(state[head]) != outputs: net = _create(name, len(state[head]))
-    replaced = _small_stem(net) if stem == "small" else None
+    replaced = None if stem == "imagenet" else _small_stem(net, {"half": 2, "small": 1}[stem])
     if state is not None: _load_state(net, state, weights or f"pretrained {name}", may_miss=replaced)
     last = net.get_submodule(stages["head"][0]) if "head" in stages else None
     if last and (last.out_features != outputs or boxes and state is not None): net.set_submodule(stages["head"][0], nn.Linear(last.in_features, outputs))

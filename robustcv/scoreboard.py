@@ -21,7 +21,7 @@ FAMILIES = {"clean": ("clean",), "orientation": ("rotation", "horizontal flip", 
             **{n: (n,) for n in ("blur", "occlusion", "brightness", "contrast", "saturation", "hue")}} # of standard perturbations
 FURTHER = {"JPEG": "JPEG .*", "corruptions": "corruption: .*", "affine": "affine: .*", "FGSM, transferred": r"FGSM from .* 0\.2", "FGSM": r"FGSM 0\.2",
            "PGD-20": "PGD-20 .*", "strong attacks": "strong attacks .*", "certified": r"certified 0\.09"} # families of other perturbations: what their name and strength look like
-REPEATED = [*[(s, "baseline") for s in ("color_jitter", "random_erase", "adversarial_training", "stability", "multi_task")],
+REPEATED = [*[(s, "baseline") for s in ("color_jitter", "random_erase", "adversarial_training", "stability", "multi_task", "recipe")],
             ("fgsm", "ResNet-18"), ("fgsm", "ResNet-18, not augmented")] # runs whose networks are those of the section `baseline`
 
 def _by_family(record):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['one_setting', 'accuracies', 'mean_and_half', 'table', 'caption', 'markdown', 'pool', 'corruption_table',
-           'orientation_table', 'box_table', 'member_table', 'by_name', 'filters']
+           'orientation_table', 'box_table', 'recipe_table', 'member_table', 'by_name', 'filters']
 
 # %% ../nbs/18_tables.ipynb #db10934d
 import base64
@@ -122,6 +122,18 @@ def box_table(records:list, # of the section `multi_task`
     return pd.DataFrame(rows)
 
 def _mean(accuracy, start): return np.mean([v for (p, _), v in accuracy.items() if p.startswith(start)])
+
+# %% ../nbs/18_tables.ipynb #89d01c9b
+def recipe_table(records:list, # of the section `recipe`
+                ) -> pd.DataFrame: # a row a run: seeds, epochs, minutes of training, accuracy in % on training and clean images, and the mean over perturbations
+    "What each ingredient brings, and what it costs; mean ± standard deviation over seeds."
+    rows = []
+    for n, rs in by_name(one_setting(records)).items():
+        histories = [r["metrics"]["history"] for r in rs]
+        rows.append({"model": n, "seeds": len(rs), "epochs": len(histories[0]), "minutes": f"{np.mean([sum(e['seconds'] for e in h) for h in histories])/60:.1f}",
+                     "training": _pm([r["metrics"]["train_accuracy"] for r in rs]), "clean": _pm([accuracies(r)["clean", None] for r in rs]),
+                     "perturbed": _pm([np.mean([v for (p, _), v in accuracies(r).items() if p != "clean"]) for r in rs])})
+    return pd.DataFrame(rows)
 
 # %% ../nbs/18_tables.ipynb #b57feac4
 def member_table(records:list, # of the section `ensemble`

@@ -47,13 +47,13 @@ def test_the_normalisation_is_no_part_of_the_state(small):
     small.float()
 
 @pytest.mark.parametrize("name, side", [("resnet18", 8), ("resnet50", 8), ("densenet121", 8)])
-def test_the_small_stem_keeps_the_image_s_size(name, side):
+def test_stems_keep_the_image_s_size_or_half_of_it(name, side):
     sizes = {}
-    for stem in ("imagenet", "small"):
+    for stem in ("imagenet", "half", "small"):
         model = outline(name, stem=stem)
         model.stage("layer1")[0].register_forward_pre_hook(lambda m, x, stem=stem: sizes.update({stem: x[0].shape[-1]}))
         assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 5)
-    assert sizes == {"imagenet": side, "small": 32} and first_conv(model).kernel_size == (3, 3)
+    assert sizes == {"imagenet": side, "half": 16, "small": 32} and first_conv(model).kernel_size == (3, 3)
 
 @pytest.mark.parametrize("kwargs, said", [({"name": "resnet19"}, "did you mean 'resnet1"), ({"num_classes": 1}, "num_classes=1"),
     ({"stem": "tiny"}, "unknown stem 'tiny'"), ({"name": "vgg11", "stem": "small"}, "known for ResNets and DenseNets, not for VGG")])
