@@ -19,18 +19,17 @@ help:
 # An installation that was interrupted leaves .installing behind and is started over.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "robustcv needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'
-	@if [ -e $(VENV)/.installing ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
-	@touch $(VENV)/.installing
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(1)'
-	@rm $(VENV)/.installing && touch $@
+	@if [ -e $(1)/.installing ] || ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then rm -rf $(1) && $(PYTHON) -m venv $(1); fi
+	@touch $(1)/.installing
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(2)]'
+	@rm $(1)/.installing && touch $@
 endef
 
-$(VENV)/.installed: settings.ini setup.py pyproject.toml
-	$(call install,)
-
 $(VENV)/.installed-dev: settings.ini setup.py pyproject.toml
-	$(call install,[dev])
-	@touch $(VENV)/.installed
+	$(call install,$(VENV),dev)
+
+$(VENV)-bench/.installed: settings.ini setup.py pyproject.toml
+	$(call install,$(VENV)-bench,bench)
 
 demo: $(VENV)/.installed-dev # the report is an executed notebook
 	$(BIN)/robustcv demo --scale $(SCALE) --out $(OUT) $(if $(DATA),--data "$(DATA)")
@@ -48,8 +47,8 @@ check: $(VENV)/.installed-dev
 lab: $(VENV)/.installed-dev
 	$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
 
-bench: $(VENV)/.installed
-	$(BIN)/python -m robustcv.benchmarks $(if $(DATA),--data "$(DATA)")
+bench: $(VENV)-bench/.installed # peers, some of which pin old packages, live in an environment of their own
+	$(VENV)-bench/bin/robustcv bench $(if $(DATA),--data "$(DATA)")
 
 export: $(VENV)/.installed-dev
 	$(BIN)/nbdev_clean

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'command', 'get', 'synthetic', 'info', 'train', 'evaluate_model', 'run', 'demo', 'write_report',
-           'figures', 'claims', 'show_scoreboard', 'record', 'main']
+           'figures', 'claims', 'show_scoreboard', 'run_bench', 'record', 'main']
 
 # %% ../nbs/40_command_line.ipynb #333437cf
 import functools, json, os, shutil, sys, textwrap, warnings
@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import typer
 
+from .benchmarks import MEASURES, bench
 from .claims import ledger, summary_table
 from .core import SCALES, SIZES, atomic_path, choose, device_name, load_records, pick_device, seed_everything, set_style
 from .data import known_boxes, load_data
@@ -269,6 +270,13 @@ def show_scoreboard(scale:str=typer.Option("lite", help=_SCALES_HELP),
         set_style()
         with atomic_path(out) as part: plot_scoreboard(board).figure.savefig(part, format="png")
         print(f"figure: {out}")
+
+# %% ../nbs/40_command_line.ipynb #4d7017dd
+@command(app, "bench")
+def run_bench(measures:list[str]=typer.Argument(None, help=f"Some of: {', '.join(MEASURES)}; default: all."),
+              data:Path=typer.Option(None, help="Images in Tiny ImageNet's layout; default: synthetic ones.")):
+    "Speed beside what one would otherwise use; one JSON line a measure.\n\nExample: `robustcv bench fgsm pgd`"
+    for row in bench(measures, data): print(json.dumps(row), flush=True)
 
 # %% ../nbs/40_command_line.ipynb #38770763
 @command(app)

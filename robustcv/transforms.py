@@ -110,9 +110,8 @@ class RandomHorizontalFlip(Transform):
     def transform(self, x, flip):
         "`flip`: bool (B,)."
         if x.device.type != "cpu": return torch.where(flip.to(x.device).view(-1, 1, 1, 1), x.flip(self.dim), x)
-        out = torch.empty_like(x)
-        for i, reverse in enumerate(flip.tolist()): out[i] = x[i].flip(self.dim - 1) if reverse else x[i]
-        return out
+        some = flip.nonzero()[:, 0]
+        return x.clone().index_copy_(0, some, x.index_select(0, some).flip(self.dim))
 
     def move(self, boxes, x, flip):
         start, mirrored = 3 - self.dim, boxes.clone()

@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from robustcv import benchmarks
 
@@ -11,40 +12,61 @@ from robustcv import benchmarks
 def test_interleave_calls_in_turn_after_a_warm_up():
     calls = []
     seconds = benchmarks.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
-    assert "".join(calls) == "ab" * 4 and set(seconds) == {"a", "b"} and min(seconds.values()) >= 0
+    assert "".join(calls) == "ab" * 4 and {n: len(s) for n, s in seconds.items()} == {"a": 3, "b": 3} and min(min(s) for s in seconds.values()) >= 0
 
 
 def test_line_compares_with_the_best_peer_and_the_floor():
-    row = benchmarks.line("x", {"ours": 2.0, "slow": 8.0, "fast": 4.0, "floor": 1.0}, images=100, rounds=5)
-    assert row["ours"] == 50 and row["peers"] == {"slow": 12.5, "fast": 25.0}
+    row = benchmarks.line("x", {"ours": [1.9, 2.0, 1.8, 2.2, 2.1], "slow": [8.0, 8.0, 80.0], "fast": [4.0], "floor": [1.0]}, images=100)
+    assert row["ours"] == 50 and row["spread"] == 0.05 and row["peers"] == {"slow": 12.5, "fast": 25.0}
     assert row["best_peer_ratio"] == 2 and row["floor"] == 100 and row["floor_ratio"] == 0.5 and row["n"] == 5
     json.dumps(row)
 
 
 def test_a_missing_peer_leaves_no_ratio():
-    row = benchmarks.line("x", {"ours": 2.0}, images=100, rounds=5)
+    row = benchmarks.line("x", {"ours": [2.0]}, images=100)
     assert row["peers"] == {} and row["best_peer_ratio"] is None and row["floor_ratio"] is None
+
+
+def test_candidates_may_handle_different_numbers_of_images():
+    row = benchmarks.line("x", {"ours": [2.0], "peer": [2.0]}, images={"ours": 100, "peer": 50})
+    assert row["ours"] == 50 and row["peers"] == {"peer": 25} and row["best_peer_ratio"] == 2
 
 
 def test_every_measure_of_the_data_runs_on_a_small_set(tiny):
     rows = list(benchmarks.batches(tiny, rounds=1)) + list(benchmarks.decode(tiny, rounds=1))
     assert [r["measure"] for r in rows] == ["batches", "decode", "open"]
-    assert all(r["ours"] > 0 for r in rows)
+    assert all(r["ours"] > 0 for r in rows) and rows[0]["floor"] > 0
 
 
 def test_training_steps_run(monkeypatch):
     row, = benchmarks.train_step(None, rounds=1, steps=1, batch=4)
-    assert set(row["peers"]) == {"bare loop, bf16 channels_last", "bare loop, float32"}
+    assert row["measure"] == "train_step/imagenet stem" and set(row["peers"]) == {"bare loop, bf16 channels_last", "bare loop, float32"} and row["floor"] > 0
 
 
-def test_attacks_are_measured_beside_their_floor_and_peers(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torchattacks", None)
-    rows = list(benchmarks.attacks(None, rounds=1, batch=2, steps=2))
-    assert [r["measure"] for r in rows] == ["attacks/FGSM", "attacks/FGSM, folded", "attacks/PGD-2", "attacks/PGD-2, folded"]
-    assert all(r["floor_ratio"] > 0 and r["peers"] == {} for r in rows) and "torchattacks is not installed" in capsys.readouterr().err
-    peer = types.SimpleNamespace(**{n: lambda *args: lambda x, y: None for n in ("FGSM", "PGD")})
-    monkeypatch.setitem(sys.modules, "torchattacks", peer)
-    assert all(set(r["peers"]) == {"torchattacks"} for r in benchmarks.attacks(None, rounds=1, batch=2, steps=2))
+@pytest.mark.parametrize("stem, least", [("imagenet", 1), ("small", 14)])  # 16 times the positions, but for the stem itself and the head
+def test_the_floor_counts_the_operations_of_a_step(stem, least):
+    count = lambda n, s: benchmarks._operations(torch.rand(n, 3, 64, 64), torch.zeros(n, dtype=torch.long), s)
+    one = count(1, "imagenet")
+    assert count(2, "imagenet") == 2 * one and 0.7e9 < one < 1.2e9 and count(1, stem) >= least * one  # 1.8e9 multiplications forward at 224×224, 12.25 times the positions, 6 operations each
+
+
+@pytest.mark.parametrize("measure, kwargs", [("fgsm", {}), ("pgd", dict(steps=2))])
+def test_attacks_are_measured_beside_their_floor_and_peers(measure, kwargs, monkeypatch, capsys):
+    run = lambda: list(getattr(benchmarks, measure)(None, rounds=1, batch=2, **kwargs))
+    for peer in ("torchattacks", "foolbox", "art"): monkeypatch.setitem(sys.modules, peer, None)
+    rows = run()
+    assert [r["measure"] for r in rows] == [measure, f"{measure}/folded"] and all(r["floor_ratio"] > 0 and r["peers"] == {} for r in rows)
+    said = capsys.readouterr().err
+    assert all(f"{peer} is not installed" in said for peer in ("torchattacks", "foolbox", "art"))
+    monkeypatch.setitem(sys.modules, "torchattacks", types.SimpleNamespace(**{n: lambda *args: lambda x, y: None for n in ("FGSM", "PGD")}))
+    assert all(set(r["peers"]) == {"torchattacks"} for r in run())
+
+
+@pytest.mark.parametrize("measure", ["fgsm", "pgd"])
+def test_attacks_are_measured_beside_the_peers_that_are_installed(measure):
+    for peer in ("torchattacks", "foolbox", "art"): pytest.importorskip(peer)
+    row, folded = getattr(benchmarks, measure)(None, rounds=1, batch=2)
+    assert set(row["peers"]) == set(folded["peers"]) == {"torchattacks", "foolbox", "ART"}
 
 
 def test_the_adversarial_step_is_measured_beside_the_clean_and_the_naive_one():
@@ -63,6 +85,12 @@ def test_the_pipeline_is_measured_with_either_order(monkeypatch, capsys):
     assert [r["measure"] for r in rows] == ["pipeline/order per sample", "pipeline/order per chunk"]
     assert "albumentations is not installed" in capsys.readouterr().err
     for r in rows:
-        assert set(r) == {"measure", "ours", "unit", "peers", "best_peer_ratio", "floor", "floor_ratio", "n", "device"} and r["n"] == 1
+        assert set(r) == {"measure", "ours", "unit", "peers", "best_peer_ratio", "floor", "floor_ratio", "spread", "n", "device"} and r["n"] == 1
         assert set(r["peers"]) == {"torchvision v2, each image"} and min(r["ours"], r["floor"], r["best_peer_ratio"]) > 0
         json.dumps(r)
+
+
+def test_the_other_steps_and_evaluation_run():
+    for rows in (benchmarks.stability_step(None, 1, 1, 4), benchmarks.classifier_only(None, 1, 16, 8), benchmarks.symmetry(None, 1), benchmarks.evaluation(None, 1, 4, 4)):
+        row, = rows
+        assert row["ours"] > 0 and row["n"] == 1
