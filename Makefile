@@ -6,12 +6,13 @@ SCALE ?= demo
 DATA ?=
 OUT ?= demo
 
-.PHONY: demo test lab bench check export readme notebooks clean help
+.PHONY: demo test test-long lab bench check export readme notebooks clean help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   every section in short, and a report  SCALE=$(SCALE) DATA=folder OUT=$(OUT)"
 	@echo "make test   notebooks, tests, and what must be current"
+	@echo "make test-long   kills, fuzzing and crowds, which take minutes"
 	@echo "make lab    JupyterLab on nbs/"
 	@echo "make bench  speed beside peers                   DATA=folder"
 	@echo "for whoever changes notebooks: make export readme notebooks"
@@ -37,6 +38,9 @@ demo: $(VENV)/.installed-dev # the report is an executed notebook
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=5
+
+test-long: $(VENV)/.installed-dev # kills, fuzzing and crowds: minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 tests/long
 
 # exported modules, cleaned notebooks and README must be what the notebooks say
 check: $(VENV)/.installed-dev

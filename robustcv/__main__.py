@@ -7,7 +7,7 @@ __all__ = ['app', 'data_app', 'command', 'get', 'synthetic', 'info', 'train', 'e
            'figures', 'claims', 'show_scoreboard', 'run_bench', 'record', 'main']
 
 # %% ../nbs/40_command_line.ipynb #333437cf
-import functools, json, os, shutil, sys, textwrap, warnings
+import functools, json, os, shutil, signal, sys, textwrap, warnings
 from pathlib import Path
 
 import pandas as pd
@@ -42,13 +42,13 @@ def _options(debug:bool=typer.Option(False, "--debug", help="Show tracebacks of 
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
 
 def command(group, name=None):
-    "Register a command whose expected errors are one line and exit code 1, and whose interruption is exit code 130."
+    "Register a command whose expected errors are one line and exit code 1, and whose interruption is exit code 130, or 143."
     def register(f):
         @functools.wraps(f)
         def guarded(*args, **kwargs):
             try: return f(*args, **kwargs)
-            except KeyboardInterrupt:
-                print("\nstopped; run the same command again to continue", file=sys.stderr); raise typer.Exit(130) from None
+            except KeyboardInterrupt as e:
+                print("\nstopped; run the same command again to continue", file=sys.stderr); raise typer.Exit(143 if isinstance(e, _Terminated) else 130) from None
             except BrokenPipeError: # the reader, such as `head`, has seen enough
                 sys.stdout = open(os.devnull, "w"); raise typer.Exit(0) from None
             except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as e:
@@ -291,8 +291,13 @@ def record(id:str=typer.Argument(..., help="The beginning of a record's id, as t
     _show(unpack(measured["evaluation"])[COLUMNS[:8]])
 
 # %% ../nbs/40_command_line.ipynb #bd6ed47d
+class _Terminated(KeyboardInterrupt): "A polite request to stop, as job schedulers send it."
+
+def _terminate(*_): raise _Terminated
+
 def main():
     "The entry point of the command `robustcv` and of `python -m robustcv`."
+    signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="robustcv")
 
 if __name__ == "__main__" and "__file__" in globals(): main()

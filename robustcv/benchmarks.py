@@ -301,7 +301,7 @@ def evaluation(data, rounds=3, images=512, batch=256):
     "The standard perturbations of ResNet-18's images at 64×64; floor: inference on ready batches."
     device, model = pick_device(), build_model("resnet18", 200)
     pixels = torch.randint(0, 256, (images, 3, 64, 64), dtype=torch.uint8, generator=generator(0))
-    measured, perturbations = ImageSet(pixels, torch.arange(images) % 200, tuple(map(str, range(200)))), standard_perturbations()
+    measured, perturbations = ImageSet(pixels, torch.arange(images) % 200, tuple(map(str, range(200)))), standard_perturbations()[1:] # without the clean images
     model = model.to(device, memory_format=torch.channels_last).eval()
     ready = [(part/255).to(device, memory_format=torch.channels_last) for part in pixels.split(batch)]
     @torch.inference_mode()

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SIZES', 'SCALES', 'SCHEMA', 'RECORD_FIELDS', 'COLORS', 'choose', 'derive_seed',
-           'generator', 'seed_everything', 'pick_device', 'device_name', 'normalized', 'Scale', 'disk_errors',
-           'atomic_path', 'run_id', 'describe', 'git_commit', 'library_versions', 'make_record', 'check_record',
-           'append_record', 'load_records', 'set_style', 'model_colors']
+           'generator', 'seed_everything', 'pick_device', 'device_name', 'out_of_memory', 'normalized', 'Scale',
+           'disk_errors', 'atomic_path', 'run_id', 'describe', 'git_commit', 'library_versions', 'make_record',
+           'check_record', 'append_record', 'load_records', 'set_style', 'model_colors']
 
 # %% ../nbs/00_core.ipynb #e5bf156a
-import difflib, errno, hashlib, json, os, platform, random, subprocess, time, warnings
+import difflib, errno, glob, hashlib, json, os, platform, random, subprocess, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -71,6 +71,11 @@ def device_name(device:torch.device, # a device
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
+# %% ../nbs/00_core.ipynb #d8c2e349
+def out_of_memory(error:BaseException) -> bool:
+    "Whether an error says that a device, or the machine, has no memory left."
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
 # %% ../nbs/00_core.ipynb #2f8a3aa6
 IMAGENET_MEAN = (0.485, 0.456, 0.406) # per-channel mean of ImageNet's training pixels, in [0,1]
 IMAGENET_STD = (0.229, 0.224, 0.225)  # and their standard deviation
@@ -122,14 +127,25 @@ def atomic_path(path, # the file to write
                ): # yields the temporary path to write to
     "Write a file under a temporary name and move it into place once it is complete."
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns():x}.part")
+    part = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{time.monotonic_ns():x}.part")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         try:
             yield part
             with open(part, "rb+") as f: os.fsync(f.fileno())
             os.replace(part, path)
         finally: part.unlink(missing_ok=True)
+
+_HOST = "".join(c for c in platform.node() if c.isalnum()) or "host"
+
+def _sweep(path):
+    "Remove what killed processes of this machine left of attempts to write a file."
+    if os.name != "posix": return # where there is no harmless signal
+    for part in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}-*-*.part"):
+        try: os.kill(int(part.name.rsplit("-", 2)[1]), 0)
+        except ProcessLookupError: part.unlink(missing_ok=True)
+        except (OSError, ValueError): pass # somebody else's, who is alive
 
 # %% ../nbs/00_core.ipynb #5c5b484c
 SCHEMA = 1 # version of the record's fields

@@ -6,7 +6,7 @@
 __all__ = ['TINY_URL', 'TINY_SIZE', 'TINY_MD5', 'download', 'unpack_zip', 'download_tiny_imagenet']
 
 # %% ../nbs/07_download.ipynb #877df694
-import errno, hashlib, http.client, os, stat, tempfile, urllib.error, urllib.request, zipfile
+import errno, hashlib, http.client, lzma, os, stat, struct, tempfile, urllib.error, urllib.request, zipfile, zlib
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
@@ -65,9 +65,16 @@ def unpack_zip(archive, # zip file
                top:str, # the archive's one top folder, which becomes `dest`
                limit:int=4 << 30, # most bytes that it may unpack to
               ):
-    "Unpack safely and atomically: everything, or nothing and an error."
+    "Unpack safely and atomically: everything, or nothing and a `ValueError`."
     dest = Path(dest)
-    with zipfile.ZipFile(archive) as z, tempfile.TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as tmp:
+    with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as tmp:
+        try: _unpack(archive, tmp, top, limit)
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error) as e: # RuntimeError: encrypted, or an unknown method
+            raise ValueError(f"{archive}: not a sound zip archive ({e}); remove it and run again") from None
+        os.rename(Path(tmp)/top, dest)
+
+def _unpack(archive, folder, top, limit):
+    with zipfile.ZipFile(archive) as z:
         for m in z.infolist():
             path = PurePosixPath(m.filename.replace("\\", "/"))
             if path.is_absolute() or ".." in path.parts or path.parts[:1] != (top,) or stat.S_ISLNK(m.external_attr >> 16):
@@ -75,8 +82,7 @@ def unpack_zip(archive, # zip file
         total = sum(m.file_size for m in z.infolist())
         if total > limit or total > 200*max(1, os.path.getsize(archive)):
             raise ValueError(f"{archive}: would unpack to {total:,} bytes, which is not a sound archive")
-        z.extractall(tmp)
-        os.rename(Path(tmp)/top, dest)
+        z.extractall(folder)
 
 # %% ../nbs/07_download.ipynb #27898915
 def download_tiny_imagenet(root, # folder to put `tiny-imagenet-200` into
@@ -89,7 +95,6 @@ def download_tiny_imagenet(root, # folder to put `tiny-imagenet-200` into
         raise FileExistsError(f"{dest}: there already, but without wnids.txt; remove or rename it, or choose another folder")
     with disk_errors(root):
         archive = download(url, root/"tiny-imagenet-200.zip", size, md5)
-        try: unpack_zip(archive, dest, "tiny-imagenet-200")
-        except zipfile.BadZipFile as e: raise ValueError(f"{archive}: not a sound zip archive ({e}); remove it and run again") from None
+        unpack_zip(archive, dest, "tiny-imagenet-200")
     archive.unlink()
     return dest

@@ -29,7 +29,7 @@ class Classifier(nn.Module):
                 ):
         super().__init__()
         self.net, self.stages, self.config, self.frozen = net, stages, config, ()
-        self.classes = self.size = None # class names and image size in pixels, set by whoever trains
+        self.classes = self.size = self.trained_on = None # class names, image size in pixels and the images' fingerprint, set by whoever trains
         std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
         self.register_buffer("scale", 1/std, persistent=False)
         self.register_buffer("shift", -torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)/std, persistent=False)
@@ -203,7 +203,7 @@ def save_model(model:Classifier, # to save
                path, # .safetensors file
               ):
     "Write weights and description into one file, atomically."
-    meta = {"robustcv": json.dumps({**model.config, "classes": model.classes, "size": model.size})}
+    meta = {"robustcv": json.dumps({**model.config, "classes": model.classes, "size": model.size, "trained_on": model.trained_on})}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.net.state_dict().items()}
     with atomic_path(path) as part: part.write_bytes(save(tensors, meta))
 
@@ -218,12 +218,13 @@ def load_model(path, # file written by `save_model`
         with safe_open(path, "pt") as f: config = json.loads((f.metadata() or {})["robustcv"])
     except (SafetensorError, json.JSONDecodeError, OSError) as e: raise ValueError(f"{path}: damaged or not a safetensors file ({e})") from None
     except KeyError: config = None
-    if not isinstance(config, dict) or config.keys() - {"boxes"} != {"name", "num_classes", "stem", "start", "classes", "size"}:
+    if not isinstance(config, dict) or config.keys() - {"boxes", "trained_on"} != {"name", "num_classes", "stem", "start", "classes", "size"}:
         raise ValueError(f"{path}: not a robustcv model; pass it to build_model(…, weights=FILE) instead")
     classes = config["classes"]
     model = build_model(config["name"], config["num_classes"], stem=config["stem"], boxes=config.get("boxes", False))
     _load_state(model.net, _read_weights(path), path)
     model.config["start"], model.classes, model.size = config["start"], None if classes is None else tuple(classes), config["size"]
+    model.trained_on = config.get("trained_on")
     return model.to(device).eval()
 
 # %% ../nbs/03_models.ipynb #a562d722

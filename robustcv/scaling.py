@@ -8,6 +8,7 @@ __all__ = ['peak_memory', 'exponent', 'grow', 'scaling']
 # %% ../nbs/29_scaling.ipynb #dbd6cc89
 import ctypes, gc, time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,8 @@ def scaling(data, most=60_000, side=128, rounds=4):
     images, few, device = _drawn(most), _drawn(256), pick_device()
     counts = [most//4**i for i in reversed(range(rounds))]
     model, noise = build_model("resnet18", 200).to(device).eval().requires_grad_(False), [p for p in standard_perturbations() if p.name == "noise"][:1]
-    x, y, kinds = (few.images[:32]/255).to(device), few.labels[:32].to(device), standard_perturbations()
-    yield grow("evaluated images", lambda n: lambda: evaluate(_Small(200).eval(), _first(images, n), noise, device=device), counts, 1)
+    x, y, kinds = (few.images[:32]/255).to(device), few.labels[:32].to(device), standard_perturbations()[1:] # without the clean images
+    yield grow("evaluated images", lambda n: partial(evaluate, _Small(200).eval(), _first(images, n), noise, device=device), counts, 1)
     yield grow("training images", lambda n: _trained(_Small(200), _first(images, n), few, 128), counts, 1)
     sides = [side*i//rounds for i in range(1, rounds + 1)]
     yield grow("side", lambda n: _trained(build_model("resnet18", 200), _drawn(128, n), _drawn(8, n), 64), sides, 2)

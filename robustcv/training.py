@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import atomic_path, choose, derive_seed, describe, generator, model_colors, pick_device
+from .core import atomic_path, choose, derive_seed, describe, generator, model_colors, out_of_memory, pick_device
 from .data import Batch, Batches, ImageSet, take
 from .models import Classifier, evaluating, save_model
 from .symmetry import RandomSymmetry, orbit_features, split_at, symmetrize, turned
@@ -144,6 +144,14 @@ def _epoch(run, epoch, check_every=50):
     seconds = time.perf_counter() - start
     return {"loss": loss/i, "seconds": round(seconds, 2), "images_per_second": round(i*run.config.batch_size/seconds, 1)}
 
+def _in_memory(f, run, *args):
+    "`f(run, …)`; if memory runs out, the error says what to do."
+    try: return f(run, *args)
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e): raise
+        b = run.config.batch_size
+        raise RuntimeError(f"out of memory with batch_size={b} on {run.device}: try batch_size={max(1, b//2)}, with lr={run.config.lr/2:g}" if b > 1 else f"out of memory on {run.device}") from e
+
 # %% ../nbs/04_training.ipynb #14011e18
 @dataclass
 class _Run:
@@ -155,7 +163,7 @@ def _set_up(model, train, valid, objective, transform, config, seed, device, fol
     "Place the model, make optimiser, schedule and batches, and load the checkpoint if there is one."
     acc, device = _accelerator(device)
     model = model.to(device, memory_format=torch.channels_last)
-    if isinstance(model, Classifier): model.classes, model.size = train.classes, train.images.shape[-1]
+    if isinstance(model, Classifier): model.classes, model.size, model.trained_on = train.classes, train.images.shape[-1], train.fingerprint
     shard = dict(device=device, rank=acc.process_index, world=acc.num_processes)
     batches = Batches(train, config.batch_size, shuffle=True, drop_last=True, seed=seed, **shard)
     few = take(train, torch.randperm(len(train), generator=generator(seed, "probe"))[:len(valid)].sort().values)
@@ -214,7 +222,7 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
     run = _set_up(model, train, valid, objective, transform, config, seed, device, folder)
     with run.bar, torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         for epoch in range(len(run.checkpoint.history), config.epochs):
-            row = {"epoch": epoch + 1, "lr": run.schedule.get_last_lr()[0], **_epoch(run, epoch)}
+            row = {"epoch": epoch + 1, "lr": run.schedule.get_last_lr()[0], **_in_memory(_epoch, run, epoch)}
             for name, b in run.probes.items():
                 correct, total = run.reduce(accuracy(model, b, config.precision), "sum").tolist()
                 row[name] = 100*correct/total
@@ -241,7 +249,7 @@ def fit_from(model:Classifier, # trained in place, from a stage on
     _check_fit(model, train, valid)
     if model.config.get("boxes"): raise ValueError("model: has a head for boxes; `fit_from` trains classifiers alone")
     model.freeze_below(first).to(device)
-    model.classes, model.size = train.classes, train.images.shape[-1]
+    model.classes, model.size, model.trained_on = train.classes, train.images.shape[-1], train.fingerprint
     with torch.no_grad(): size = 8*len(train)*split_at(model, first)[0].eval()(train.images[:1].to(device)/255).numel()*4/1e9
     if size > most:
         print(f"from {first} on: features of {len(train):,} images in 8 orientations would take {size:.1f} GB, more than {most:g}: computed anew for every batch", flush=True)

@@ -1,13 +1,16 @@
 "The command `robustcv`, as a user meets it."
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from PIL import Image
 from typer.testing import CliRunner
@@ -202,3 +205,16 @@ def test_records_of_other_images_are_left_out_with_a_warning(tmp_path, minute, t
     assert "baseline / plain" in text and "color_jitter" not in text
     with (tmp_path / "results" / "baseline.jsonl").open("a") as f: f.write('{"schema": 1, "id": "cut')
     with pytest.warns(UserWarning, match=r"baseline.jsonl:2: unfinished record skipped"): call("claims", *where[:4])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_training_cleanly_and_it_goes_on_afterwards(sent, code, tmp_path):
+    data, out = photos(tmp_path / "photos"), tmp_path / "run"
+    args = ["train", str(data), "--size", "32", "--epochs", "200", "--batch-size", "8", "--lr", "0.02", "--out", str(out)]
+    child = subprocess.Popen([sys.executable, "-m", "robustcv", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / "state.pt").exists(): assert child.poll() is None, child.stderr.read(); time.sleep(.05)
+    child.send_signal(sent)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == code and "stopped; run the same command again to continue" in said and "Traceback" not in said
+    assert not list(out.rglob("*.part")) and 0 < len(json.loads(torch.load(out / "state.pt", weights_only=True)["history"])) < 200

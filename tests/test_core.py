@@ -1,6 +1,9 @@
 """Seeds, devices, units, safe files and records."""
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +14,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import nn
 
+from robustcv import core
 from robustcv.core import (COLORS, IMAGENET_STD, append_record, atomic_path, check_record, choose, derive_seed, describe, generator, load_records,
                            make_record, model_colors, normalized, pick_device, run_id, seed_everything)
 
@@ -192,3 +196,16 @@ def test_models_keep_their_colours_and_new_ones_get_others(known, k):
 def test_there_is_a_colour_for_each_of_many_models():
     from matplotlib.colors import is_color_like
     assert all(map(is_color_like, model_colors([*COLORS, *map(str, range(30))]).values()))
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True).stdout.strip()
+    host = core._HOST
+    names = [f".file.{host}-{gone}-1a.part", f".file.{host}-{os.getpid()}-1a.part", f".file.another-{gone}-1a.part", f".other.{host}-{gone}-1a.part", f".file.{host}-x-1a.part"]
+    for n in names: (tmp_path/n).write_text("half")
+    with atomic_path(tmp_path/"file") as part: part.write_text("whole")
+    assert {p.name for p in tmp_path.iterdir()} == {"file", *names[1:]}, "only what a process that is no more left of the same file, on this machine"
+
+@pytest.mark.parametrize("error, said", [(torch.OutOfMemoryError("CUDA"), True), (MemoryError(), True), (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    (RuntimeError("shape mismatch"), False), (ValueError("can't allocate memory"), False)])
+def test_errors_that_mean_no_memory(error, said): assert core.out_of_memory(error) is said

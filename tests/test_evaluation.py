@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as tv
 from robustcv.core import IMAGENET_STD, normalized
 from robustcv.data import ImageSet
 from robustcv.fgsm import Transferred, fgsm
-from robustcv.evaluation import COLUMNS, TrustWarning, check_trust, compare, evaluate, pack, plot_bars, plot_confusions, plot_strength, unpack, wilson
+from robustcv.evaluation import COLUMNS, TrustWarning, check_results, check_trust, compare, evaluate, pack, plot_bars, plot_confusions, plot_strength, unpack, wilson
 from robustcv.perturbations import (Perturbation, attack_perturbations, color_perturbations, erase_perturbations, occlude, show_perturbations,
                                     standard_perturbations)
 from robustcv.stability import add_noise
@@ -387,3 +387,50 @@ def test_narrow_successes_are_predicted_in_float32():
         kinds.clear(); evaluate(model, images(), [Perturbation("p", lambda x, y, m: x, fp32=fp32)], device="cpu", precision="bf16")
         return kinds[-1]
     assert run(False) and not run(True)
+
+
+# signs that a result is not to be believed
+
+def results(*found):
+    "A table of perturbation, strength, correct and n."
+    return pd.DataFrame([[p, e, "", k, n, 100*k/n, *(100*w for w in wilson(k, n)), 0., None, None] for p, e, k, n in found], columns=COLUMNS)
+
+@pytest.mark.parametrize("found, said", [
+    ([("clean", math.nan, 24, 400)], "clean accuracy is at chance"), ([("FGSM", .2, 10, 400), ("PGD-20", .2, 60, 400)], "FGSM 0.2 leaves 2.5 %, PGD-20 15.0 %"),
+    ([("PGD-20", .2, 10, 400), ("strong attacks", .2, 30, 200)], "PGD-20 0.2 leaves 2.5 %, strong attacks 15.0 %"),
+    ([("FGSM from DenseNet-121", .1, 10, 400), ("FGSM", .1, 60, 400)], "FGSM from DenseNet-121 0.1 leaves"), ([("random signs", .1, 10, 400), ("FGSM", .1, 60, 400)], "random signs 0.1 leaves")])
+def test_results_that_cannot_be_are_warned_of(found, said):
+    with pytest.warns(TrustWarning, match=said) as told: check_results(results(*found), 20)
+    assert len(told) == 1 and "05_evaluation" in str(told[0].message)
+
+@pytest.mark.parametrize("found", [[("clean", math.nan, 60, 400)], [("clean", math.nan, 2, 40)], [("FGSM", .2, 60, 400), ("PGD-20", .2, 10, 400)], [("FGSM", .2, 12, 400), ("PGD-20", .2, 14, 400)],
+    [("FGSM", .3, 10, 400), ("PGD-20", .2, 60, 400)], [("noise", .3, 0, 400), ("FGSM", .3, 60, 400)]])
+def test_results_that_can_be_are_not_warned_of(found):
+    with warnings.catch_warnings(): warnings.simplefilter("error"); check_results(results(*found), 20)
+
+def test_a_model_knows_the_images_it_was_trained_on():
+    model, data = linear(), images()
+    model.trained_on = data.fingerprint
+    with pytest.warns(TrustWarning, match="trained on"): table(model, data)
+    model.trained_on = images(21).fingerprint
+    with warnings.catch_warnings(): warnings.simplefilter("error"); table(model, data)
+
+def test_classes_in_another_order_are_refused():
+    model = linear(); model.classes = ("b", "a", "c", "d")
+    with pytest.raises(ValueError, match="another order, so that labels are permuted"): table(model)
+    for fine in (("a", "b", "c", "d"), ("w", "x", "y", "z"), None): model.classes = fine; table(model)
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_evaluation_goes_on_with_smaller_batches(error):
+    seen, model = [], linear()
+    def greedy(x, y, m):
+        seen.append(len(x))
+        if len(x) > 6: raise error
+        return x
+    with pytest.warns(UserWarning, match="going on with") as told: rows = table(model, perturbations=[*CLEAN, Perturbation("greedy", greedy), *CLEAN], batch_size=20)
+    assert [str(w.message).split(" images")[0].split()[-1] for w in told] == ["10", "5"] and seen == [20, 10, 5, 5, 5, 5]
+    assert rows.correct.nunique() == 1 and (rows.n == 20).all()
+
+def test_an_image_that_does_not_fit_is_an_error():
+    def greedy(x, y, m): raise torch.OutOfMemoryError("too large")
+    with pytest.warns(UserWarning, match="going on with 1 images"), pytest.raises(torch.OutOfMemoryError): table(perturbations=[Perturbation("greedy", greedy)], batch_size=2)

@@ -302,3 +302,15 @@ def test_a_folder_is_not_continued_from_other_initial_weights(tmp_path):
     go = dict(train=images(), valid=images(12, 1), config=Training(epochs=1, batch_size=8, lr=.01, precision="fp32"), device="cpu", folder=tmp_path/"run")
     fit(first, **go)
     with pytest.raises(ValueError, match="other settings"): fit(build_model("resnet18", K, weights=tmp_path/"first.safetensors"), **go)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_running_out_of_memory_names_a_batch_size_that_may_fit(error):
+    def greedy(model, batch, backward): raise error
+    with pytest.raises(RuntimeError, match=r"out of memory with batch_size=8 on cpu: try batch_size=4, with lr=0.005"): run(objective=greedy)
+    with pytest.raises(RuntimeError, match=r"^shapes$"): run(objective=lambda *a: (_ for _ in ()).throw(RuntimeError("shapes")))
+
+def test_a_network_remembers_what_it_was_trained_on(tmp_path):
+    model = build_model("resnet18", K); run(model, config=replace(CONFIG, epochs=1))
+    save_model(model, tmp_path/"m.safetensors")
+    assert load_model(tmp_path/"m.safetensors").trained_on == model.trained_on == images().fingerprint
