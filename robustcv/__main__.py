@@ -26,7 +26,7 @@ from .grids import DEMO, SECTIONS
 from .models import build_model, load_model, save_model
 from .scoreboard import plot_scoreboard, scoreboard
 from .synthetic import make_synthetic
-from .training import Training, fit
+from .training import Training, fit, main_process
 from .transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 # %% ../nbs/40_command_line.ipynb #3499db3a
@@ -90,7 +90,7 @@ def info(folder:Path=typer.Argument(..., help="Tiny ImageNet, a folder with trai
 def train(data:Path=typer.Argument(..., help="Images: Tiny ImageNet, train/ and val/, or a class-per-folder tree."),
           out:Path=typer.Option("runs/model", help="Folder for the model, its curve and its checkpoint."),
           model:str=typer.Option("resnet18", help="Any torchvision or timm classifier."),
-          stem:str=typer.Option("imagenet", help="'imagenet', or 'small' for small images (slower, better)."),
+          stem:str=typer.Option("imagenet", help="'imagenet', or for small images 'half' or 'small' (slower, better)."),
           pretrained:bool=typer.Option(False, help="Start from torchvision's ImageNet weights."),
           weights:Path=typer.Option(None, help="Start from this file instead."),
           augment:bool=typer.Option(True, help="Horizontal flips and padded crops."),
@@ -106,9 +106,10 @@ def train(data:Path=typer.Argument(..., help="Images: Tiny ImageNet, train/ and 
     seed_everything(seed)
     net = build_model(model, len(images.classes), pretrained, stem, weights)
     transform = Compose(RandomHorizontalFlip(), RandomCrop(size, max(1, size//16), "reflect")) if augment else None
-    print(f"{model} on {device_name(pick_device(device))}: {len(images):,} training and {len(valid):,} validation images, {len(images.classes)} classes")
+    if main_process(): print(f"{model} on {device_name(pick_device(device))}: {len(images):,} training and {len(valid):,} validation images, {len(images.classes)} classes")
     settings = Training(epochs=epochs, batch_size=min(batch_size, len(images)), lr=lr, precision=precision)
     history = fit(net, images, valid, transform=transform, config=settings, seed=seed, device=device, folder=out)
+    if not main_process(): return
     save_model(net, out/"model.safetensors"); history.to_csv(out/"history.csv", index=False)
     _show(history); print(f"model: {out/'model.safetensors'}   curve: {out/'history.csv'}")
 
@@ -166,6 +167,7 @@ def run(sections:list[str]=typer.Argument(..., help=f"Some of: {', '.join(SECTIO
         jobs = plan(names, SCALES[choose("scale", scale, SCALES)], describe_data(*scale_data(SCALES[scale], data)), chosen, results, folder, only or None)
         _show(show_plan(jobs)); print(_sum_up(jobs)); return
     records = run_sections(names, scale, data, chosen, results, folder, device, only or None)
+    if not main_process(): return
     for name in dict.fromkeys(r["section"] for r in records):
         own = [r for r in records if r["section"] == name]
         print(f"\n{name}: {caption(own)}"); _show(table(own))
@@ -183,6 +185,7 @@ def demo(scale:str=typer.Option("demo", help=_SCALES_HELP),
          out:Path=typer.Option("demo", help="Folder for records, models, figures and the report.")):
     "Every section in short: train, attack, perturb, measure, test the claims and draw, in a few minutes on a laptop.\n\nExample: `robustcv demo --data data/tiny-imagenet-200 --scale lite`"
     records = run_sections(list(DEMO), scale, data, results=out/"results", folder=out/"runs", names=DEMO)
+    if not main_process(): return
     figures = [f for s in DEMO for f in draw_figures([r for r in records if r["section"] == s], out/"figures")] + draw_summary(records, out/"figures")
     print(f"\n{caption(records)}\n\naccuracy in %:"); _show_wide(scoreboard(records))
     print(f"\nthe article's claims{_drawn(records)}, with effects in points:"); _show_claims(summary_table(records))

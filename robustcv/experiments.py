@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from .core import (SCALES, Scale, append_record, atomic_path, choose, derive_seed, describe, load_records, make_record,
-                           pick_device, run_id, seed_everything)
+                           run_id, seed_everything)
 from .cache import cache_folder
 from .data import ImageSet, load_data, subset
 from .ensemble import Ensemble, disagreement, expected_calibration_error, fit_temperature, predict
@@ -30,7 +30,7 @@ from .grids import KEPT, SECTIONS, Run, find_run
 from .models import build_model, first_conv, load_model, save_model
 from .multi_task import count_boxes, degrade_boxes
 from .synthetic import make_synthetic
-from .training import fit, fit_from
+from .training import fit, fit_from, join_processes, main_process, wait_for_all
 
 # %% ../nbs/20_experiments.ipynb #9205fe49
 EXTRA = {"color_jitter": color_perturbations, "random_erase": erase_perturbations, "stability": stability_perturbations, "symmetry": symmetry_perturbations,
@@ -102,9 +102,11 @@ def network(run:Run, seed:int, at:Setting) -> tuple: # `Classifier` in evaluatio
     where = _home(run, at.scale, seed, at.about, at.folder)
     if not _is_trained(where):
         model, history = _train(run, seed, at, where)
-        save_model(model, where/"model.safetensors")
-        with atomic_path(where/"history.json") as part: part.write_text(json.dumps(history.to_dict("records")))
-        (where/"state.pt").unlink(missing_ok=True) # nothing to resume
+        if main_process():
+            save_model(model, where/"model.safetensors")
+            with atomic_path(where/"history.json") as part: part.write_text(json.dumps(history.to_dict("records")))
+            (where/"state.pt").unlink(missing_ok=True) # nothing to resume
+        wait_for_all()
     return load_model(where/"model.safetensors"), pd.DataFrame(json.loads((where/"history.json").read_text()))
 
 def _train(run, seed, at, where):
@@ -301,9 +303,11 @@ def run_sections(sections:list, # names of sections
                  **kwargs, # cache, workers
                 ) -> list: # the records of these runs at this scale on this data, old and new
     "Train and measure what is not on record yet."
-    scale, device = SCALES[choose("scale", scale, SCALES)], pick_device(device)
+    scale, device = SCALES[choose("scale", scale, SCALES)], join_processes(device)
+    if not main_process(): say = lambda line: None
     at, spent, pooled = Setting(scale, *scale_data(scale, data, **kwargs), device, Path(folder), say, kwargs), [], {}
     jobs = plan(sections, scale, at.about, seeds, results, folder, names)
+    wait_for_all() # before the first of them writes a record
     if at.train.boxes is None and any(j.run.boxes for j in jobs):
         say(f"{at.train.name} has no boxes: runs that learn them are left out"); jobs = [j for j in jobs if not j.run.boxes]
     for i, job in enumerate(jobs, 1):
@@ -316,8 +320,9 @@ def run_sections(sections:list, # names of sections
             pooled[seed] = measure_members(some, seed, at), (time.perf_counter() - start)/len(some)
         metrics = pooled[seed][0][run.name] if together else train_run(run, seed, at)
         spent.append(pooled[seed][1] if together else time.perf_counter() - start)
-        append_record(Path(results)/f"{run.section}.jsonl", make_record(run.section, run.name, scale.name, job.config, seed, at.about, device, spent[-1], metrics))
+        if main_process(): append_record(Path(results)/f"{run.section}.jsonl", make_record(run.section, run.name, scale.name, job.config, seed, at.about, device, spent[-1], metrics))
         say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {spent[-1]:.0f} s{_left(jobs[i:], spent)}")
+    wait_for_all()
     wanted = {j.id for j in jobs}
     return [r for s in dict.fromkeys(j.run.section for j in jobs) for r in load_records(Path(results)/f"{s}.jsonl") if r["id"] in wanted]
 
