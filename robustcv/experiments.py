@@ -208,7 +208,7 @@ def measure_members(runs:list, # with members, and the same sources
     extra = [p for s in EXTRA if s not in ATTACKED for p in _extra(s, at.scale) if not p.name.startswith("occlusion at")]
     if at.scale.size in QUICK: extra = list({p.name: p for p in extra}.values()) # one strength of each
     still = standard_perturbations() + extra + [p for p in attacks if p.name.startswith(kinds)]
-    own = [replace(p, most=200) for p in attacks if p.name == "FGSM"]
+    own = [replace(p, most=QUICK.get(at.scale.size, {}).get("attacks", {}).get("most", (200,))[0]) for p in attacks if p.name == "FGSM"]
     groups, how = {r.name: r.members for r in runs}, dict(seed=seed, device=at.device)
     tables, seen = evaluate_together(members, groups, at.valid, still, **how), evaluate_together(members, groups, spread_over(at.train, len(at.valid)), still[:1], **how)
     alone, out = evaluate_together(members, {m: (m,) for m in members}, at.valid, still[:1], **how), {}

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -340,3 +341,16 @@ def test_load_data_names_classes_of_one_half_only(tmp_path):
 def test_a_damaged_list_of_classes_is_named(official, cache, ids, said):
     (official/"wnids.txt").write_bytes("\n".join(ids.split()).encode("latin1"))
     with pytest.raises((ValueError, OSError), match=said): load_tiny_imagenet(official, "train", cache=cache)
+
+@pytest.mark.parametrize("size", [None, 16])
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_path, kind, size):
+    root = write_tree(tmp_path/"in"); file = root/"b"/f"0.{kind}"
+    picture(0, (30, 40)).save(file); content = bytearray(file.read_bytes())
+    at = 16 if kind == "png" else content.index(b"\xff\xc0") + 5 # width and height in the header
+    if kind == "png":
+        content[at:at + 8] = (30_000).to_bytes(4, "big")*2
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    else: content[at:at + 4] = (30_000).to_bytes(2, "big")*2
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"0.{kind}: .*exceeds limit"): load_folder(root, size)
