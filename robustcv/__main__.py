@@ -106,7 +106,7 @@ def train(data:Path=typer.Argument(..., help="Images: Tiny ImageNet, train/ and 
     seed_everything(seed)
     net = build_model(model, len(images.classes), pretrained, stem, weights)
     transform = Compose(RandomHorizontalFlip(), RandomCrop(size, max(1, size//16), "reflect")) if augment else None
-    if main_process(): print(f"{model} on {device_name(pick_device(device))}: {len(images):,} training and {len(valid):,} validation images, {len(images.classes)} classes")
+    print(f"{model} on {device_name(pick_device(device))}: {len(images):,} training and {len(valid):,} validation images, {len(images.classes)} classes")
     settings = Training(epochs=epochs, batch_size=min(batch_size, len(images)), lr=lr, precision=precision)
     history = fit(net, images, valid, transform=transform, config=settings, seed=seed, device=device, folder=out)
     if not main_process(): return
@@ -167,11 +167,11 @@ def run(sections:list[str]=typer.Argument(..., help=f"Some of: {', '.join(SECTIO
         jobs = plan(names, SCALES[choose("scale", scale, SCALES)], describe_data(*scale_data(SCALES[scale], data)), chosen, results, folder, only or None)
         _show(show_plan(jobs)); print(_sum_up(jobs)); return
     records = run_sections(names, scale, data, chosen, results, folder, device, only or None)
-    if not main_process(): return
     for name in dict.fromkeys(r["section"] for r in records):
         own = [r for r in records if r["section"] == name]
         print(f"\n{name}: {caption(own)}"); _show(table(own))
 
+# %% ../nbs/40_command_line.ipynb #e5eb2787
 def _sum_up(jobs):
     "How much of a plan is left, in a line."
     left = [j for j in jobs if j.status != "on record"]
@@ -301,6 +301,7 @@ def _terminate(*_): raise _Terminated
 def main():
     "The entry point of the command `robustcv` and of `python -m robustcv`."
     signal.signal(signal.SIGTERM, _terminate)
+    if not main_process(): sys.stdout = open(os.devnull, "w") # of several, the first one speaks
     app(prog_name="robustcv")
 
 if __name__ == "__main__" and "__file__" in globals(): main()

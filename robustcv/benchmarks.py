@@ -21,19 +21,19 @@ from torchvision.transforms import v2
 from . import fgsm as attacks
 from .adversarial_training import adversarial_loss
 from .color_jitter import ColorJitter
-from .core import choose, device_name, generator, normalized, pick_device, seed_everything
+from .core import choose, device_name, generator, normalized, pick_device
 from .cache import cache_folder, write_cache
-from .data import Batches, ImageSet, _find_tiny, _scan_tiny, load_data, load_tiny_imagenet, take
+from .data import Batches, _find_tiny, _scan_tiny, load_data, load_tiny_imagenet, take
 from .evaluation import evaluate
 from .fgsm import fold_batchnorm
 from .models import build_model
 from .perturbations import standard_perturbations
 from .random_erase import RandomErase
-from .scaling import scaling
+from .scaling import epoch_of, random_images, scaling
 from .stability import divergence, stability_loss
 from .symmetry import RandomSymmetry
 from .synthetic import make_synthetic
-from .training import Training, _cache, _epoch, _set_up, autocast, cross_entropy
+from .training import Training, _cache, autocast, cross_entropy
 from .transforms import (Compose, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip, RandomRotation,
                                  RandomVerticalFlip)
 
@@ -191,11 +191,9 @@ def _bare(precision, x, y, steps, channels_last, stem="imagenet"):
 
 def _fitted(objective, steps, batch, stem="imagenet"):
     "A batch, and an epoch of `fit` with it as a function."
-    seed_everything(0); device = pick_device()
-    pixels = torch.randint(0, 256, (steps*batch, 3, 64, 64), dtype=torch.uint8, generator=generator(0))
-    images = ImageSet(pixels, torch.arange(steps*batch) % 200, tuple(map(str, range(200))))
-    run = _set_up(build_model("resnet18", 200, stem=stem), images, images, objective, None, Training(1000, batch, lr=.01), 0, device, None)
-    return (images.images[:batch]/255).to(device), images.labels[:batch].to(device), lambda: _epoch(run, 0)
+    device, images = pick_device(), random_images(steps*batch)
+    epoch = epoch_of(build_model("resnet18", 200, stem=stem), images, images, batch, objective)
+    return (images.images[:batch]/255).to(device), images.labels[:batch].to(device), epoch
 
 def train_step(data, rounds=11, steps=4, batch=128):
     "Training steps of ResNet-18 at 64×64, batch 128, on a GPU also with the small stem; floor: the same operations at the speed of a bf16 matrix product."
@@ -203,7 +201,8 @@ def train_step(data, rounds=11, steps=4, batch=128):
         x, y, epoch = _fitted(cross_entropy, steps, batch, stem)
         candidates = {"ours": epoch, "bare loop, bf16 channels_last": _bare("auto", x, y, steps, True, stem), "bare loop, float32": _bare("fp32", x, y, steps, False, stem)}
         seconds = interleave(candidates | {"floor": partial(torch.matmul, *_matrices(x.device))}, rounds)
-        seconds["floor"] = [s*steps*_operations(x, y, stem)/(2*_SIDE**3) for s in seconds["floor"]]
+        work = steps*_operations(x, y, stem)/(2*_SIDE**3) # in such products
+        seconds["floor"] = [s*work for s in seconds["floor"]]
         yield line(f"train_step/{stem} stem", seconds, steps*batch, x.device)
 
 # %% ../nbs/30_benchmarks.ipynb #29e2d3cf
@@ -214,37 +213,39 @@ def _ascents(model, x, y, steps):
         torch.autograd.grad(F.cross_entropy(model(x), y), x)
 
 def _attackers(model, x, y, eps, steps):
-    "FGSM and PGD of other libraries, as functions by name."
-    one, many, step = {}, {}, eps/4
-    if ta := _peer("torchattacks"): one["torchattacks"], many["torchattacks"] = (partial(a, x, y) for a in (ta.FGSM(model, eps), ta.PGD(model, eps, step, steps)))
+    "FGSM (steps: None) or PGD of other libraries, as functions by name."
+    out, step = {}, eps/4
+    if ta := _peer("torchattacks"): out["torchattacks"] = partial(ta.FGSM(model, eps) if steps is None else ta.PGD(model, eps, step, steps), x, y)
     if fb := _peer("foolbox"):
-        net, a = fb.PyTorchModel(model, bounds=(0, 1), device=x.device), fb.attacks
-        one["foolbox"], many["foolbox"] = (partial(f, net, x, y, epsilons=eps) for f in (a.LinfFastGradientAttack(), a.LinfPGD(abs_stepsize=step, steps=steps)))
+        attack = fb.attacks.LinfFastGradientAttack() if steps is None else fb.attacks.LinfPGD(abs_stepsize=step, steps=steps)
+        out["foolbox"] = partial(attack, fb.PyTorchModel(model, bounds=(0, 1), device=x.device), x, y, epsilons=eps)
     if _peer("art"):
         from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
         from art.estimators.classification import PyTorchClassifier
-        net = PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), x.shape[1:], 200, clip_values=(0, 1), device_type="gpu" if x.is_cuda else "cpu")
-        made = FastGradientMethod(net, eps=eps, batch_size=len(x)), ProjectedGradientDescentPyTorch(net, eps=eps, eps_step=step, max_iter=steps, num_random_init=1, batch_size=len(x), verbose=False)
-        one["ART"], many["ART"] = (partial(m.generate, x.cpu().numpy(), y.cpu().numpy()) for m in made)
-    return one, many
+        net, shared = PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), x.shape[1:], 200, clip_values=(0, 1), device_type="gpu" if x.is_cuda else "cpu"), dict(eps=eps, batch_size=len(x))
+        attack = FastGradientMethod(net, **shared) if steps is None else ProjectedGradientDescentPyTorch(net, eps_step=step, max_iter=steps, num_random_init=1, verbose=False, **shared)
+        out["ART"] = partial(attack.generate, x.cpu().numpy(), y.cpu().numpy())
+    return out
 
 # %% ../nbs/30_benchmarks.ipynb #213e5dcd
-def _attacked(steps, attack, rounds, batch, which):
+def _attacked(measure, attack, rounds, batch, steps=None):
+    "Two lines: the attack as it is, and on a model with folded batch normalisation."
     device, eps = pick_device(), 8/255
     x, y = torch.rand(batch, 3, 64, 64, generator=generator(0)).to(device), torch.arange(batch).to(device) % 200
     model = build_model("resnet18", 200).to(device).eval().requires_grad_(False)
-    ways = {"ours": partial(attack, model, x, y, eps), "folded": partial(attack, fold_batchnorm(model), x, y, eps), "floor": partial(_ascents, model, x, y, steps)}
-    seconds = interleave(ways | _attackers(model, x, y, eps, steps)[which], rounds)
+    ways = {"ours": partial(attack, model, x, y, eps), "folded": partial(attack, fold_batchnorm(model), x, y, eps), "floor": partial(_ascents, model, x, y, steps or 1)}
+    seconds = interleave(ways | _attackers(model, x, y, eps, steps), rounds)
     folded = seconds.pop("folded")
-    return [(seconds, batch, device), ({**seconds, "ours": folded}, batch, device)]
+    yield line(measure, seconds, batch, device)
+    yield line(f"{measure}/folded", {**seconds, "ours": folded}, batch, device)
 
 def fgsm(data, rounds=15, batch=64):
-    "FGSM on ResNet-18 at 64×64 in float32, as it is and on a model with folded batch normalisation."
-    for name, row in zip(("fgsm", "fgsm/folded"), _attacked(1, attacks.fgsm, rounds, batch, 0), strict=True): yield line(name, *row)
+    "FGSM on ResNet-18 at 64×64 in float32."
+    yield from _attacked("fgsm", attacks.fgsm, rounds, batch)
 
 def pgd(data, rounds=5, batch=64, steps=10):
-    "PGD with 10 steps, likewise."
-    for name, row in zip(("pgd", "pgd/folded"), _attacked(steps, partial(attacks.pgd, steps=steps), rounds, batch, 1), strict=True): yield line(name, *row)
+    "PGD on the same."
+    yield from _attacked("pgd", partial(attacks.pgd, steps=steps), rounds, batch, steps)
 
 # %% ../nbs/30_benchmarks.ipynb #13b5ad67
 def _naive(precision, x, y, steps, channels_last):
@@ -290,20 +291,18 @@ def classifier_only(data, rounds=5, images=2048, batch=64):
     "An epoch that retrains only the classifier of ResNet-18, on features computed once and with a pass through all layers."
     device, config = pick_device(), Training(1000, batch, lr=.01)
     model = build_model("resnet18", 20).to(device).freeze_below("head")
-    pixels = torch.randint(0, 256, (images, 3, 64, 64), dtype=torch.uint8, generator=generator(0))
-    train = ImageSet(pixels, torch.arange(images) % 20, tuple(map(str, range(20))))
+    train = random_images(images, k=20)
     cached = _cache(model, "head", train, take(train, torch.arange(8)), config, 0, device, pooled=False)
-    full = _set_up(model, train, train, cross_entropy, RandomSymmetry(), config, 0, device, None)
-    yield line("classifier_only", interleave({"ours": lambda: cached.epoch(0), "all layers": lambda: _epoch(full, 0)}, rounds), images, device)
+    full = epoch_of(model, train, train, batch, transform=RandomSymmetry())
+    yield line("classifier_only", interleave({"ours": lambda: cached.epoch(0), "all layers": full}, rounds), images, device)
 
 # %% ../nbs/30_benchmarks.ipynb #7f02b502
 def evaluation(data, rounds=3, images=512, batch=256):
     "The standard perturbations of ResNet-18's images at 64×64; floor: inference on ready batches."
     device, model = pick_device(), build_model("resnet18", 200)
-    pixels = torch.randint(0, 256, (images, 3, 64, 64), dtype=torch.uint8, generator=generator(0))
-    measured, perturbations = ImageSet(pixels, torch.arange(images) % 200, tuple(map(str, range(200)))), standard_perturbations()[1:] # without the clean images
+    measured, perturbations = random_images(images), standard_perturbations()[1:] # without the clean images
     model = model.to(device, memory_format=torch.channels_last).eval()
-    ready = [(part/255).to(device, memory_format=torch.channels_last) for part in pixels.split(batch)]
+    ready = [(part/255).to(device, memory_format=torch.channels_last) for part in measured.images.split(batch)]
     @torch.inference_mode()
     def bare():
         with autocast(device): return torch.cat([model(x).argmax(1) for _ in perturbations for x in ready]).cpu()

@@ -101,6 +101,7 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     check_results(table, len(images.classes))
     return table
 
+# %% ../nbs/05_evaluation.ipynb #5be26d35
 def _halving(row, perturbations, size):
     "`row(perturbation, size)` of each, with half the size from where memory runs out."
     rows = []

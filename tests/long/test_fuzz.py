@@ -12,7 +12,7 @@ from PIL import Image
 
 from robustcv.cache import _read_image
 from robustcv.core import append_record, check_record, load_records, make_record
-from robustcv.data import load_tiny_imagenet
+from robustcv.data import ImageSet, load_tiny_imagenet
 from robustcv.download import unpack_zip
 from robustcv.models import Classifier, build_model, load_model, save_model
 from robustcv.synthetic import make_synthetic
@@ -87,7 +87,6 @@ def test_damaged_networks(tmp_path):
         assert isinstance(outcome(load_model, path), (Classifier, type(None)))
 
 def test_damaged_checkpoints(tmp_path):
-    from robustcv.data import ImageSet
     images = ImageSet(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), torch.arange(8) % 2, ("a", "b"))
     make = lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
     go = lambda: fit(make(), images, images, config=Training(epochs=1, batch_size=4, lr=.01, precision="fp32"), device="cpu", folder=tmp_path)
