@@ -10,10 +10,10 @@ import pytest
 
 from robustcv.core import SCALES
 from robustcv.perturbations import standard_perturbations
-from robustcv.experiments import _home
+from robustcv.experiments import _home, _identity
 from robustcv.figures import draw_figures, draw_summary
 from robustcv.grids import SECTIONS
-from robustcv.scoreboard import FAMILIES, REPEATED, as_text, plot_scoreboard, scoreboard
+from robustcv.scoreboard import FAMILIES, _network, as_text, plot_scoreboard, scoreboard
 
 STANDARD = {(p.name, None if math.isnan(p.strength) else p.strength): 10*k for k, p in enumerate(standard_perturbations())} # percent right, in steps
 SIZES = {"clean": 1, "orientation": 5, "noise": 5, "blur": 3, "occlusion": 3, "brightness": 2, "contrast": 2, "saturation": 2, "hue": 2}
@@ -26,7 +26,7 @@ def made(name, section="baseline", seed=0, under=None, scale="smoke", start=0, *
         right = np.arange(1000) < 10*percent
         rows.append(dict(perturbation=perturbation, strength=strength, unit="", correct=int(right.sum()), n=1000, seconds=0., hits=base64.b64encode(np.packbits(right).tobytes()).decode()))
     data = dict(name="synthetic", synthetic=True, fingerprint="f", classes=2, train=1000, valid=1000, pixels=64)
-    return dict(id=f"{section}{name}{seed}", section=section, name=name, seed=seed, scale=scale, data=data, device="a CPU", commit="abc",
+    return dict(id=f"{section}{name}{seed}", section=section, name=name, seed=seed, scale=scale, data=data, device="a CPU", commit="abc", config={"run": {"section": section, "name": name, "objective": f"{section} / {name}"}},
                 metrics=dict(evaluation=rows, train_accuracy=80., valid_accuracy=50., history=HISTORY) | metrics)
 
 def more(**under):
@@ -85,16 +85,22 @@ def test_rows_are_in_the_order_of_the_sections():
     records = [made("two phases", "symmetry"), made("mine", "elsewhere"), made("E", "random_erase"), made("plain"), made("FE", "random_erase"), made("E", "random_erase", 1)]
     assert scoreboard(records).index.tolist() == ["baseline / plain", "random_erase / E", "random_erase / FE", "symmetry / two phases", "elsewhere / mine"]
 
-def test_runs_that_repeat_the_baseline_are_left_out_where_it_is_on_record():
-    repeats, own = [made(n, s) for s, n in REPEATED], made("baseline", "symmetry") # whose baseline sees no flips
-    assert scoreboard([*repeats, made("plain"), own, made("E", "random_erase")]).index.tolist() == ["baseline / plain", "random_erase / E", "symmetry / baseline"]
-    assert len(scoreboard(repeats)) == len(REPEATED) > 5, "nothing is left out without it"
-    assert scoreboard([*repeats, made("plain")], ["fgsm / ResNet-18"]).index.tolist() == ["fgsm / ResNet-18"], "asked for by name"
+def test_a_network_that_several_sections_measure_has_one_row_with_all_that_they_measured():
+    alike = dict(config={"run": {"section": "baseline", "name": "plain", "model": "resnet18"}, "training": {"lr": .1}})
+    again = {"config": {"run": {"section": "stability", "name": "baseline", "model": "resnet18", "sources": [["a", "b"]], "members": []}, "training": {"lr": .1}}}
+    other = {"config": {"run": {"section": "stability", "name": "α = 1", "model": "resnet18", "objective": "f"}, "training": {"lr": .1}}}
+    records = [made("α = 1", "stability") | other, made("baseline", "stability", under=more(also=[(("JPEG", 30.), 40.)])) | again, made("plain", start=10) | alike, made("plain", seed=1, start=20) | alike]
+    board = scoreboard(records)
+    assert board.index.tolist() == ["baseline / plain", "stability / α = 1"] and board.JPEG.tolist()[0] == 40 and np.isnan(board.JPEG.iloc[1])
+    first, second = (scoreboard([r])["clean"].iloc[0] for r in records[2:])
+    assert board["clean"].iloc[0] == (first + second)/2, "the first section's where both have measured, the mean over seeds"
+    assert scoreboard(records, ["stability / baseline", "baseline / plain"]).index.tolist() == ["stability / baseline", "baseline / plain"], "asked for by name"
 
-def test_what_repeats_the_baseline_is_trained_like_it():
-    trained = {(r.section, r.name): _home(replace(r, watch=None), SCALES["lite"], 0, dict(fingerprint="f"), ".") for runs in SECTIONS.values() for r in runs() if not r.members}
-    twins = {k for k, v in trained.items() if k[0] not in ("baseline", "robustness") and v in {trained["baseline", "plain"], trained["baseline", "flip + crop"]}}
-    assert set(REPEATED) == twins # the section `robustness` repeats all of its networks, with more to hold against them
+def test_rows_are_told_apart_as_the_folders_of_networks_are():
+    scale, about, runs = SCALES["lite"], dict(fingerprint="f"), [r for runs in SECTIONS.values() for r in runs()]
+    def split(key): return {frozenset(i for i, r in enumerate(runs) if key(r) == k) for k in map(key, runs)}
+    record = lambda r: dict(scale="lite", data=about, config=_identity(r, scale, 0, about)[0])
+    assert split(lambda r: _network(record(r))) == split(lambda r: _home(replace(r, watch=None), scale, 0, about, "."))
 
 def test_runs_are_chosen_by_section_and_name():
     records = [made("plain"), made("E", "random_erase"), made("FE", "random_erase")]
