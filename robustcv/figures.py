@@ -203,10 +203,13 @@ def plot_orientations(records:list, # of the section `symmetry`
 def plot_selectivity(records:list, # of one section
                      ax=None, # matplotlib axes; None: new ones
                     ): # the axes
-    "Distribution of the orientation selectivity of the first layer's filters, a line a run; runs with the same filters share one; dotted: random filters."
+    "Distribution of the orientation selectivity of the first layer's filters, a line a run; runs with the same filters share one; at the seeds that all runs have; dotted: random filters."
     import matplotlib.pyplot as plt, seaborn as sns
-    groups = {}
-    for name, rs in by_name(one_setting(records)).items(): groups.setdefault(tuple(r["metrics"]["filters"]["float16"] for r in rs), []).append((name, rs))
+    groups, runs = {}, by_name(one_setting(records))
+    shared = set.intersection(*({r["seed"] for r in rs} for rs in runs.values())) # with more seeds, the same filters would look like others
+    for name, rs in runs.items():
+        kept = [r for r in rs if r["seed"] in shared or not shared]
+        groups.setdefault(tuple(r["metrics"]["filters"]["float16"] for r in kept), []).append((name, kept))
     ax = ax or plt.subplots(figsize=(6, 3))[1]
     for same in groups.values():
         w = torch.cat([filters(r) for r in same[0][1]])

@@ -175,6 +175,8 @@ def test_runs_with_the_same_filters_share_a_line():
     other = record("other", section="symmetry"); other["metrics"]["filters"] = {**FILTERS, "float16": base64.b64encode(np.ones(108).astype("<f2").tobytes()).decode()}
     labels = [line.get_label() for line in plot_selectivity([*turned_records(), other]).lines]
     assert labels == ["baseline, all", "other", "random"]
+    again = {**other, "name": "baseline", "seed": other["seed"] + 1, "id": "again"}
+    assert [line.get_label() for line in plot_selectivity([*turned_records(), other, again]).lines] == labels, "a second seed of some makes no difference"
 
 def noisy_records():
     corrupted = {(f"corruption: {kind}", s): few(6 - s) for kind in ("jpeg", "pixelate") for s in (1, 3)}
