@@ -38,22 +38,26 @@ def _read_image(path, size):
         raise ValueError(f"{path}: not a readable image ({e})") from None
 
 def _decode(job):
-    "Decode a run of files into its place in the mapped cache file; returns their hashes and what went wrong."
-    start, files, size, part, offset, shape = job
-    pixels, digests, errors = np.memmap(part, np.uint8, "r+", offset, shape), [], []
-    for i, file in enumerate(files, start):
+    "Decode a run of files and write them into their place in the cache file; returns their hashes and what went wrong."
+    files, size, part, offset, shape = job
+    pixels, digests, errors = np.zeros((len(files), *shape), np.uint8), [], []
+    for i, file in enumerate(files):
         try: image, digest = _read_image(file, size)
         except (OSError, ValueError) as e: errors.append(str(e)); continue
-        if image.shape[:2] != shape[2:]:
-            errors.append(f"{file}: {image.shape[1]}×{image.shape[0]} pixels where others have {shape[3]}×{shape[2]}: pass size= to resize them all")
+        if image.shape[:2] != shape[1:]:
+            errors.append(f"{file}: {image.shape[1]}×{image.shape[0]} pixels where others have {shape[2]}×{shape[1]}: pass size= to resize them all")
         else: pixels[i] = image.transpose(2, 0, 1); digests.append(digest)
+    with open(part, "rb+") as f: f.seek(offset); f.write(pixels)
     return digests, errors
 
 # %% ../nbs/01a_cache.ipynb #dd29fa45
+_RUN = 1 << 23 # bytes of pixels that a process holds at a time
+
 def _decode_all(files, size, part, offset, shape, workers):
-    "Decode all files into the mapped file, in parallel when there are many; returns their hashes."
-    step = 256
-    jobs = [(i, files[i:i+step], size, part, offset, shape) for i in range(0, len(files), step)]
+    "Decode all files into the cache file, in parallel when there are many; returns their hashes."
+    each = int(np.prod(shape))
+    step = min(256, max(1, _RUN//each))
+    jobs = [(files[i:i+step], size, part, offset + i*each, shape) for i in range(0, len(files), step)]
     workers = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
     bar = partial(tqdm, total=len(jobs), desc="decoding", unit_scale=step, unit=" images", disable=None if len(jobs) > 20 else True, leave=False)
     if workers == 1 or len(jobs) < 8: done = list(bar(map(_decode, jobs)))
@@ -77,9 +81,9 @@ def write_cache(path, # file to write
     "Decode a source into a safetensors file, atomically; a `ValueError` lists the files that are no images."
     files, labels, boxes, meta = source
     first, _ = _read_image(files[0], size)
-    n, shape = len(files), (len(files), 3, *first.shape[:2])
+    n, shape = len(files), (3, *first.shape[:2])
     arrays = {"labels": labels, **({} if boxes is None else {"boxes": boxes})}
-    kinds = {"labels": ("I64", (n,), 8*n), "boxes": ("F32", (n, 4), 16*n), "digests": ("U8", (n, 8), 8*n), "images": ("U8", shape, int(np.prod(shape)))}
+    kinds = {"labels": ("I64", (n,), 8*n), "boxes": ("F32", (n, 4), 16*n), "digests": ("U8", (n, 8), 8*n), "images": ("U8", (n, *shape), n*int(np.prod(shape)))}
     header, at = {"__metadata__": {k: json.dumps(v) for k, v in meta.items()}}, 0
     for key, (dtype, dims, length) in kinds.items():
         if key in arrays or key in ("digests", "images"):

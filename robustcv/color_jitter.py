@@ -101,21 +101,28 @@ def _field(name, value):
 
 # %% ../nbs/10_color_jitter.ipynb #0987a697
 def _linear(x, op, amounts):
-    "In place, one step: 0 brightness, 1 contrast, 2 saturation, `HUE` nothing, for each image its own."
-    if (op == op[0]).all(): return x if op[0] == HUE else list(ADJUST.values())[op[0]](x, amounts[:, op[0]])
-    f = torch.where(op == HUE, 1, amounts.gather(1, op[:, None])[:, 0])
+    "In place, one step: 0 brightness, 1 contrast, 2 saturation, for each image its own."
+    f = amounts.gather(1, op[:, None])[:, 0]
     of_pixel, of_image = ((1 - f)*(op == k) for k in (2, 1))
     g = luma(x)
     mean = g.mean((2, 3), keepdim=True)
-    return x.mul_(_each(f, x)).add_(g.mul_(_each(of_pixel, x)).add_(mean*_each(of_image, x))).clamp_(0, 1)
+    x.mul_(_each(f, x)).add_(g.mul_(_each(of_pixel, x)).add_(mean*_each(of_image, x))).clamp_(0, 1)
+
+def _mixed(x, order, amounts, turns):
+    "What some images need before the hue, the hue for all images, what some need after it; inside, those whose hue comes early are first."
+    at, by = (order == HUE).int().argmax(1).sort() # the step at which an image's hue is turned
+    early = [int((at <= step).sum()) for step in range(4)] # images whose hue is turned by then
+    back, by, order, amounts = by.argsort().to(x.device), by.to(x.device), order[by].to(x.device), amounts.to(x)[by.to(x.device)]
+    out = x[by]
+    for step in range(3): _linear(out[early[step]:], order[early[step]:, step], amounts[early[step]:])
+    if turns: out = adjust_hue(out, amounts[:, HUE])
+    for step, n in enumerate(early[:3], 1): _linear(out[:n], order[:n, step], amounts[:n])
+    return out[back]
 
 def _in_order(x, order, amounts):
-    "What comes before the hue for any image, the hue for all images, what comes after it for any."
-    order, amounts, turns = order.to(x.device), amounts.to(x), amounts[:, HUE].any()
-    at = (order == HUE).int().argmax(1) if turns else torch.full_like(order[:, 0], 4) # the step at which an image's hue is turned
-    out = x.clone()
-    for step in range(4): out = _linear(out, order[:, step].where(step < at, HUE), amounts)
-    if not turns: return out
-    out = adjust_hue(out, amounts[:, HUE])
-    for step in range(4): out = _linear(out, order[:, step].where(step > at, HUE), amounts)
-    return out
+    "Each image's operations in its order."
+    turns = bool(amounts[:, HUE].any())
+    if not (order == order[0]).all(): return _mixed(x, order, amounts, turns)
+    for k in order[0].tolist():
+        if k != HUE or turns: x = list(ADJUST.values())[k](x, amounts[:, k])
+    return x

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .core import choose, generator, pick_device
 from .data import Batches, ImageSet
 from .models import Classifier
-from .transforms import Transform, affine, check_images
+from .transforms import Transform, affine, check_images, one_by_one
 
 # %% ../nbs/15_symmetry.ipynb #7cbeed22
 ELEMENTS = ("identity", "rotation by 90°", "rotation by 180°", "rotation by 270°", "horizontal flip", "flip across the anti-diagonal", "vertical flip",
@@ -48,7 +48,7 @@ class RandomSymmetry(Transform):
     def transform(self, x, element):
         "`element`: int (B,), see `ELEMENTS`."
         _check_square(x)
-        return (_by_element if x.device.type == "cpu" else _by_pixel)(x, element)
+        return (_by_element if one_by_one(x) else _by_pixel)(x, element)
 
     def move(self, boxes, x, element):
         orbit = torch.stack([_box_by(boxes, e) for e in range(8)])
@@ -74,11 +74,13 @@ def _box_by(boxes, element):
         boxes = boxes.clone().index_copy_(1, torch.tensor([start, stop], device=boxes.device), 1 - boxes[:, [stop, start]])
     return boxes[:, [1, 0, 3, 2]] if element % 2 else boxes
 
+_STEPS = [tuple(slice(None, None, -1 if d in reverse else None) for d in (-2, -1)) for reverse in _REVERSED]
+
 def _by_element(x, element):
     out = torch.empty_like(x)
-    for e in element.unique().tolist():
-        at = (element == e).nonzero().flatten()
-        out.index_copy_(0, at, apply_symmetry(x.index_select(0, at), e))
+    for image, place, e in zip(x.numpy(), out.numpy(), element.tolist(), strict=True):
+        moved = image[:, *_STEPS[e]]
+        place[:] = moved.swapaxes(1, 2) if e % 2 else moved
     return out
 
 def _by_pixel(x, element):

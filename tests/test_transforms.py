@@ -1,4 +1,8 @@
 """Every transform is held to torchvision's functional op given the same parameters, and to the laws that all of them obey."""
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +12,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode, functional as tv
 
 from robustcv.core import describe
+from robustcv.random_erase import RandomErase
+from robustcv.symmetry import RandomSymmetry
 from robustcv.transforms import (Compose, Pad, PerImage, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
                                  RandomRotation, RandomVerticalFlip, Transform, _crop_gather, affine, gaussian_blur, in_chunks)
 
@@ -237,6 +243,31 @@ def test_gradients_flow_through_portions():
     x = batch(70, 2, 2).requires_grad_()
     in_chunks(lambda part, b: (part**2, b), x, None, 32)[0].sum().backward()
     assert torch.equal(x.grad, 2*x.detach())
+
+@pytest.mark.parametrize("t", [RandomCrop(12, 2), RandomCrop(12, 2, "reflect"), RandomErase(), RandomErase(value="mean"), RandomSymmetry()], ids=str)
+def test_what_is_copied_image_by_image_agrees_with_what_carries_gradients_and_with_bfloat16(t):
+    x, at = batch(40, 16, 16), t.draw(batch(40, 16, 16), gen(1))
+    plain, traced, short = t.transform(x, **at), x.clone().requires_grad_(), x.bfloat16()
+    out = t.transform(traced, **at)
+    assert torch.equal(out, plain)
+    out.sum().backward()
+    if not isinstance(t, RandomErase): assert traced.grad.sum() == (plain > 0).sum() # each pixel that is there came from one
+    else: assert torch.equal(traced.grad, (plain == x).float())
+    assert torch.equal(t.transform(short, **at), t.transform(short.float(), **at).bfloat16())
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by other rules")
+def test_memory_of_large_batches_is_kept_for_the_next():
+    code = """if 1:
+        import resource, torch, robustcv.transforms
+        rounds = []
+        for _ in range(8):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            blocks = [torch.zeros(2**23, dtype=torch.uint8) for _ in range(4)]
+            del blocks
+            rounds.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(sorted(rounds)[4])"""
+    faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert faults < 2048 # as many as one of four blocks has when it is new
 
 class Watched(RandomHorizontalFlip):
     "Remembers how many images it was given."
