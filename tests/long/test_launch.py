@@ -1,7 +1,10 @@
-"""torchrun, as one types it: a grid on two processes, and one that fails stops the other."""
+"""Launchers, as one types them: a grid on two processes, one that fails stops the other, and every launcher comes to the same weights."""
+import socket
 import subprocess
 import sys
 import time
+
+import pytest
 
 from robustcv.core import load_records
 
@@ -29,3 +32,35 @@ fit(model, images, images, objective, config=Training(epochs=2, batch_size=8, lr
     start = time.monotonic()
     done = torchrun(tmp_path/"script.py")
     assert done.returncode != 0 and "the second process has had enough" in done.stderr and time.monotonic() - start < 120
+
+SCRIPT = """
+import os, torch
+from accelerate import notebook_launcher
+from robustcv.data import ImageSet
+from robustcv.training import Training, cross_entropy, fit
+def train():
+    images = ImageSet(torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2, ("a", "b"))
+    torch.manual_seed(int(os.environ["RANK"])) # all start from the first process's weights
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    history = fit(model, images, images, cross_entropy, config=Training(epochs=3, batch_size=8, lr=.01), device="cpu")
+    print("of", os.environ["WORLD_SIZE"], history.loss.round(6).tolist(), model[1].weight.sum().item(), flush=True)
+"""
+
+def lines(*calls):
+    "What the processes of all calls print, a set without repetition and how many lines there are."
+    running = [subprocess.Popen([sys.executable, *map(str, c)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in calls]
+    out, errors = zip(*[p.communicate(timeout=300) for p in running], strict=True)
+    assert not any(p.returncode for p in running), "\n".join(errors)
+    found = [line for text in out for line in text.splitlines() if line.startswith("of ")]
+    return set(found), len(found)
+
+@pytest.mark.parametrize("launcher", ["notebook_launcher", "accelerate launch", "two machines"])
+def test_every_launcher_comes_to_the_weights_of_torchrun(launcher, tmp_path):
+    script = tmp_path/"script.py"; script.write_text(SCRIPT + "train()")
+    expected = lines(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script])
+    with socket.socket() as s: s.bind(("localhost", 0)); port = s.getsockname()[1]
+    machine = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "localhost", "--master_port", port, "--node_rank"]
+    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    calls = {"notebook_launcher": [["-c", SCRIPT + "notebook_launcher(train, num_processes=2)"]], "accelerate launch": [[*accelerate, script]],
+             "two machines": [[*machine, 0, script], [*machine, 1, script]]}
+    assert lines(*calls[launcher]) == expected and len(expected[0]) == 1 and expected[1] == 2
