@@ -50,6 +50,7 @@ def interleave(candidates:dict, # name to a function without arguments
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
+# %% ../nbs/30_benchmarks.ipynb #cefcf4c7
 def line(measure:str, # what was measured
          seconds:dict, # "ours", peers and perhaps "floor", from `interleave`
          images:int|dict, # images that each call handled; by name, where they differ
@@ -69,7 +70,14 @@ def _peer(package):
     except ImportError: print(f"{package} is not installed: one peer less", file=sys.stderr)
 
 # %% ../nbs/30_benchmarks.ipynb #1e915514
-def transforms(data, rounds=25):
+def _drain(batches):
+    for _ in batches: pass
+
+def _serve(op, x, images=2048):
+    "A function that calls `op` on a batch until so many images are served: what other candidates leave behind in memory weighs little then."
+    return lambda: _drain(op(x) for _ in range(images//len(x)))
+
+def transforms(data, rounds=9, served=2048):
     "Every transform of the library against kornia's counterpart, on 256 images."
     x = torch.rand(256, 3, 64, 64, generator=generator(0))
     affine = dict(degrees=20., translate=(.1, .1), scale=(.8, 1.2), shear=10.)
@@ -84,8 +92,8 @@ def transforms(data, rounds=25):
              ("RandomGaussianBlur", RandomGaussianBlur(5, (.1, 2.), .5), dict(kernel_size=(5, 5), sigma=(.1, 2.), p=.5), {})]
     K = _peer("kornia.augmentation")
     for name, ours, kwargs, more in pairs:
-        candidates = {"ours": partial(ours, x), **({"kornia": partial(getattr(K, name)(**kwargs), x)} if K else {}), "floor": x.clone}
-        yield line(f"transforms/{name}{'/' + more['name'] if more else ''}", interleave(candidates, rounds), len(x))
+        candidates = {"ours": ours, **({"kornia": getattr(K, name)(**kwargs)} if K else {}), "floor": torch.clone}
+        yield line(f"transforms/{name}{'/' + more['name'] if more else ''}", interleave({n: _serve(f, x, served) for n, f in candidates.items()}, rounds), served)
 
 # %% ../nbs/30_benchmarks.ipynb #4e7e56fa
 class _Images(torch.utils.data.Dataset):
@@ -99,9 +107,6 @@ def _quiet_worker(_):
     cv2.setNumThreads(0) # two workers share the cores; OpenCV's threads would fight for them
 
 # %% ../nbs/30_benchmarks.ipynb #767e7097
-def _drain(batches):
-    for _ in batches: pass
-
 def _albumentations(n):
     "An epoch over n images with two workers that stay, as a function; None without albumentations."
     if not (A := _peer("albumentations")): return None
@@ -117,8 +122,7 @@ def pipeline(data, rounds=9, n=256, served=4096):
     ours = {order: Compose(ColorJitter(.4, .4, .4, .1, order), RandomHorizontalFlip(), crop, RandomSymmetry(), RandomErase()) for order in ("sample", "chunk")}
     each = v2.Compose([v2.ColorJitter(.4, .4, .4, .1), v2.RandomHorizontalFlip(), v2.RandomCrop(64, 4), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
                        v2.RandomErasing(value="random")])
-    epoch = lambda op: lambda: _drain(op(x) for _ in range(served//n))
-    candidates = {**{order: epoch(op) for order, op in ours.items()}, "torchvision v2, each image": epoch(lambda x: [each(i) for i in x]), "floor": epoch(torch.clone)}
+    candidates = {n: _serve(f, x, served) for n, f in {**ours, "torchvision v2, each image": lambda x: [each(i) for i in x], "floor": torch.clone}.items()}
     if peer := _albumentations(served): candidates["albumentations, 2 workers"] = peer
     seconds = interleave(candidates, rounds)
     for order in ours:
@@ -270,11 +274,11 @@ def adversarial_step(data, rounds=9, steps=2, batch=128):
     yield line("adversarial_step", interleave(candidates, rounds), steps*batch, x.device)
 
 # %% ../nbs/30_benchmarks.ipynb #15a4dfe8
-def symmetry(data, rounds=25):
+def symmetry(data, rounds=9, served=2048):
     "`RandomSymmetry` on 256 images against kornia's flips and rotations by multiples of 90°."
-    x, peers = torch.rand(256, 3, 64, 64, generator=generator(0)), {}
-    if K := _peer("kornia.augmentation"): peers["kornia"] = partial(torch.nn.Sequential(K.RandomHorizontalFlip(p=.5), K.RandomRotation90((0, 3), p=1.)), x)
-    yield line("symmetry/RandomSymmetry", interleave({"ours": partial(RandomSymmetry(), x), **peers, "floor": x.clone}, rounds), len(x))
+    x, candidates = torch.rand(256, 3, 64, 64, generator=generator(0)), {"ours": RandomSymmetry(), "floor": torch.clone}
+    if K := _peer("kornia.augmentation"): candidates["kornia"] = torch.nn.Sequential(K.RandomHorizontalFlip(p=.5), K.RandomRotation90((0, 3), p=1.))
+    yield line("symmetry/RandomSymmetry", interleave({n: _serve(f, x, served) for n, f in candidates.items()}, rounds), served)
 
 def _two_passes(model, batch, backward):
     "The stability objective with a pass for each copy."
@@ -287,6 +291,7 @@ def stability_step(data, rounds=9, steps=2, batch=128):
     ways = {"ours": stability_loss, "two passes": _two_passes, "floor": cross_entropy}
     yield line("stability_step", interleave({n: _fitted(f, steps, batch)[2] for n, f in ways.items()}, rounds), steps*batch, pick_device())
 
+# %% ../nbs/30_benchmarks.ipynb #b679e92a
 def classifier_only(data, rounds=5, images=2048, batch=64):
     "An epoch that retrains only the classifier of ResNet-18, on features computed once and with a pass through all layers."
     device, config = pick_device(), Training(1000, batch, lr=.01)
