@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'interleave', 'line', 'transforms', 'pipeline', 'batches', 'decode', 'train_step', 'fgsm', 'pgd',
-           'adversarial_step', 'symmetry', 'stability_step', 'classifier_only', 'evaluation', 'bench']
+           'adversarial_step', 'symmetry', 'stability_step', 'classifier_only', 'evaluation', 'time_to_accuracy',
+           'bench']
 
 # %% ../nbs/30_benchmarks.ipynb #645ac689
-import importlib, sys, tempfile, time
+import importlib, os, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,14 +17,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from . import fgsm as attacks
 from .adversarial_training import adversarial_loss
 from .color_jitter import ColorJitter
-from .core import choose, device_name, generator, normalized, pick_device
+from .core import IMAGENET_MEAN, IMAGENET_STD, choose, device_name, generator, normalized, pick_device, seed_everything
 from .cache import cache_folder, write_cache
-from .data import Batches, _find_tiny, _scan_tiny, load_data, load_tiny_imagenet, take
+from .data import Batches, _find_tiny, _scan_tiny, load_data, load_tiny_imagenet, subset, take
 from .evaluation import evaluate
 from .fgsm import fold_batchnorm
 from .models import build_model
@@ -33,7 +35,7 @@ from .scaling import epoch_of, random_images, scaling
 from .stability import divergence, stability_loss
 from .symmetry import RandomSymmetry
 from .synthetic import make_synthetic
-from .training import Training, _cache, autocast, cross_entropy
+from .training import Training, _cache, autocast, cross_entropy, fit
 from .transforms import (Compose, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip, RandomRotation,
                                  RandomVerticalFlip)
 
@@ -79,7 +81,7 @@ def _serve(op, x, images=2048):
 
 def transforms(data, rounds=9, served=2048):
     "Every transform of the library against kornia's counterpart, on 256 images."
-    x = torch.rand(256, 3, 64, 64, generator=generator(0))
+    x = torch.rand(256, 3, 64, 64, generator=generator(0)).to(pick_device())
     affine = dict(degrees=20., translate=(.1, .1), scale=(.8, 1.2), shear=10.)
     pairs = [("RandomHorizontalFlip", RandomHorizontalFlip(), {}, {}), ("RandomVerticalFlip", RandomVerticalFlip(), {}, {}),
              ("RandomCrop", RandomCrop(64, 4), dict(size=(64, 64), padding=4), {"name": "zeros"}),
@@ -93,7 +95,7 @@ def transforms(data, rounds=9, served=2048):
     K = _peer("kornia.augmentation")
     for name, ours, kwargs, more in pairs:
         candidates = {"ours": ours, **({"kornia": getattr(K, name)(**kwargs)} if K else {}), "floor": torch.clone}
-        yield line(f"transforms/{name}{'/' + more['name'] if more else ''}", interleave({n: _serve(f, x, served) for n, f in candidates.items()}, rounds), served)
+        yield line(f"transforms/{name}{'/' + more['name'] if more else ''}", interleave({n: _serve(f, x, served) for n, f in candidates.items()}, rounds), served, x.device)
 
 # %% ../nbs/30_benchmarks.ipynb #4e7e56fa
 class _Images(torch.utils.data.Dataset):
@@ -118,7 +120,7 @@ def _albumentations(n):
 
 def pipeline(data, rounds=9, n=256, served=4096):
     "Jitter, flip, crop, symmetry and erasing in one composition, against albumentations with two workers and torchvision's v2 for each image."
-    x, crop = torch.rand(n, 3, 64, 64, generator=generator(0)), RandomCrop(64, 4)
+    x, crop = torch.rand(n, 3, 64, 64, generator=generator(0)).to(pick_device()), RandomCrop(64, 4)
     ours = {order: Compose(ColorJitter(.4, .4, .4, .1, order), RandomHorizontalFlip(), crop, RandomSymmetry(), RandomErase()) for order in ("sample", "chunk")}
     each = v2.Compose([v2.ColorJitter(.4, .4, .4, .1), v2.RandomHorizontalFlip(), v2.RandomCrop(64, 4), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
                        v2.RandomErasing(value="random")])
@@ -126,7 +128,7 @@ def pipeline(data, rounds=9, n=256, served=4096):
     if peer := _albumentations(served): candidates["albumentations, 2 workers"] = peer
     seconds = interleave(candidates, rounds)
     for order in ours:
-        yield line(f"pipeline/order per {order}", {"ours": seconds[order], **{k: s for k, s in seconds.items() if k not in ours}}, served)
+        yield line(f"pipeline/order per {order}", {"ours": seconds[order], **{k: s for k, s in seconds.items() if k not in ours}}, served, x.device)
 
 # %% ../nbs/30_benchmarks.ipynb #fa57e9d6
 def _image_folder(root):
@@ -276,9 +278,9 @@ def adversarial_step(data, rounds=9, steps=2, batch=128):
 # %% ../nbs/30_benchmarks.ipynb #15a4dfe8
 def symmetry(data, rounds=9, served=2048):
     "`RandomSymmetry` on 256 images against kornia's flips and rotations by multiples of 90°."
-    x, candidates = torch.rand(256, 3, 64, 64, generator=generator(0)), {"ours": RandomSymmetry(), "floor": torch.clone}
+    x, candidates = torch.rand(256, 3, 64, 64, generator=generator(0)).to(pick_device()), {"ours": RandomSymmetry(), "floor": torch.clone}
     if K := _peer("kornia.augmentation"): candidates["kornia"] = torch.nn.Sequential(K.RandomHorizontalFlip(p=.5), K.RandomRotation90((0, 3), p=1.))
-    yield line("symmetry/RandomSymmetry", interleave({n: _serve(f, x, served) for n, f in candidates.items()}, rounds), served)
+    yield line("symmetry/RandomSymmetry", interleave({n: _serve(f, x, served) for n, f in candidates.items()}, rounds), served, x.device)
 
 def _two_passes(model, batch, backward):
     "The stability objective with a pass for each copy."
@@ -314,8 +316,65 @@ def evaluation(data, rounds=3, images=512, batch=256):
     ways = {"ours": lambda: evaluate(model, measured, perturbations, batch, device=device), "floor": bare}
     yield line("evaluation", interleave(ways, rounds), images*len(perturbations), device)
 
+# %% ../nbs/30_benchmarks.ipynb #882ebfc5
+def _fitted_marks(data, classes, per_class, config):
+    "Seconds and validation accuracy in % after each epoch of `fit`."
+    start, at = time.perf_counter(), []
+    train, valid = (subset(s, classes, per_class) for s in load_data(data, 64))
+    augment = Compose(RandomHorizontalFlip(), RandomCrop(64, 4, "reflect"))
+    history = fit(build_model("resnet18", len(train.classes)), train, valid, transform=augment, config=config,
+                  watch=lambda model, batches: at.append(time.perf_counter() - start) or {})
+    return list(zip(at, history.valid_accuracy, strict=True))
+
+def _files(data, classes, per_class):
+    "torchvision's data set of the training files of some classes, and a function that renumbers labels."
+    from torchvision import datasets
+    files = datasets.ImageFolder(_find_tiny(data)/"train", v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(64, 4, padding_mode="reflect"), v2.ToImage(),
+                                                                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]))
+    labels, k = torch.tensor(files.targets), len(files.classes)
+    kept = torch.tensor([i*k//classes for i in range(classes)]) if classes else torch.arange(k)
+    index = torch.cat([(labels == c).nonzero().flatten()[:per_class] for c in kept])
+    return torch.utils.data.Subset(files, index.tolist()), lambda y: torch.searchsorted(kept, y)
+
+# %% ../nbs/30_benchmarks.ipynb #5dcb1d3e
+def _plain_marks(data, classes, per_class, config):
+    "The same of a plain loop in float32 over files."
+    start, device, marks = time.perf_counter(), pick_device(), []
+    files, renumber = _files(data, classes, per_class)
+    loader = torch.utils.data.DataLoader(files, config.batch_size, shuffle=True, drop_last=True, num_workers=len(os.sched_getaffinity(0)), persistent_workers=True)
+    valid, shift = subset(load_data(data, 64)[1], classes, per_class), [torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
+    model = resnet18(num_classes=len(valid.classes)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.epochs*len(loader), pct_start=config.warmup)
+    for _ in range(config.epochs):
+        model.train()
+        for x, y in loader:
+            loss = F.cross_entropy(model(x.to(device)), renumber(y).to(device), label_smoothing=.1)
+            optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+        model.eval()
+        with torch.no_grad(): right = sum((model(((x/255 - shift[0])/shift[1]).to(device)).argmax(1).cpu() == y).sum().item()
+                                          for x, y in zip(valid.images.split(256), valid.labels.split(256), strict=True))
+        marks.append((time.perf_counter() - start, 100*right/len(valid)))
+    return marks
+
+# %% ../nbs/30_benchmarks.ipynb #3a6681fe
+def time_to_accuracy(data, rounds=2, config=None, target=None):
+    "Seconds until ResNet-18 reaches an accuracy on validation images, against a plain loop over files."
+    device, k = pick_device(), len(load_data(data, 64)[1].classes) # decodes, if need be
+    classes, per_class, usual, goal = (None, None, Training(15, 256, lr=.1), 45.) if device.type == "cuda" else (min(10, k), 100, Training(6, 50, lr=.05), 25.)
+    config, target = config or usual, goal if target is None else target
+    ways, seconds = {"ours": _fitted_marks, "plain loop, ImageFolder, float32": _plain_marks}, {}
+    for i in range(rounds):
+        for name, marks in ways.items():
+            seed_everything(i)
+            seconds.setdefault(name, []).append(next((s for s, accuracy in marks(data, classes, per_class, config) if accuracy >= target), float("inf")))
+    ours, peer = (median(s) for s in seconds.values())
+    if max(ours, peer) == float("inf"): raise RuntimeError(f"time_to_accuracy: {target:g} % was not reached in {config.epochs} epochs; ask for less")
+    yield dict(measure="time_to_accuracy", ours=round(ours, 1), unit=f"seconds to {target:g} % on validation images", peers={list(ways)[1]: round(peer, 1)},
+               best_peer_ratio=round(peer/ours, 3), floor=None, floor_ratio=None, spread=None, n=rounds, device=device_name(device))
+
 # %% ../nbs/30_benchmarks.ipynb #5ab7e743
-MEASURES = {f.__name__: f for f in (transforms, pipeline, batches, decode, train_step, fgsm, pgd, adversarial_step, symmetry, stability_step, classifier_only, evaluation, scaling)}
+MEASURES = {f.__name__: f for f in (transforms, pipeline, batches, decode, train_step, fgsm, pgd, adversarial_step, symmetry, stability_step, classifier_only, evaluation, time_to_accuracy, scaling)}
 
 def bench(measures=None, # names; None: all
           data=None, # image folder in Tiny ImageNet's layout; None: synthetic images

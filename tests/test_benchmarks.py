@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from robustcv import benchmarks
+from robustcv.synthetic import make_synthetic
+from robustcv.training import Training
 
 
 def test_interleave_calls_in_turn_after_a_warm_up():
@@ -94,3 +96,15 @@ def test_the_other_steps_and_evaluation_run():
     for rows in (benchmarks.stability_step(None, 1, 1, 4), benchmarks.classifier_only(None, 1, 16, 8), benchmarks.symmetry(None, 1), benchmarks.evaluation(None, 1, 4, 4)):
         row, = rows
         assert row["ours"] > 0 and row["n"] == 1
+
+def test_the_time_to_an_accuracy_is_that_of_the_first_epoch_that_reaches_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUSTCV_CACHE", str(tmp_path/"cache"))
+    data, once = make_synthetic(tmp_path/"tiny", 8, 4, classes=3, size=64), Training(1, 8, lr=.01)
+    row, = benchmarks.time_to_accuracy(data, 1, once, target=0.)
+    assert row["ours"] > 0 and row["peers"].keys() == {"plain loop, ImageFolder, float32"} and row["n"] == 1
+    json.dumps(row)
+    with pytest.raises(RuntimeError, match="101 % was not reached in 1 epochs"): list(benchmarks.time_to_accuracy(data, 1, once, target=101.))
+    monkeypatch.setattr(benchmarks, "_fitted_marks", lambda *args: [(1., 10.), (2., 30.), (3., 50.)])
+    monkeypatch.setattr(benchmarks, "_plain_marks", lambda *args: [(4., 10.), (5., 29.), (6., 50.)])
+    row, = benchmarks.time_to_accuracy(data, 1, once, target=30.)
+    assert (row["ours"], row["best_peer_ratio"], row["unit"]) == (2, 3, "seconds to 30 % on validation images")
