@@ -77,7 +77,7 @@ def _constant(value):
 # %% ../nbs/11_random_erase.ipynb #540f5d2d
 def _fill_slices(x, box, fill):
     "Fill box by box: what a processor does fastest."
-    out, done, fill = x.clone(), 0, fill.numpy()
+    out, done, fill = x.clone(), 0, fill.cpu().numpy()
     for image, t, l, h, w in zip(out.numpy(), *(v.tolist() for v in box), strict=True):
         if h: image[:, t:t+h, l:l+w] = fill[:, done:done+h*w].reshape(3, h, w) if fill.ndim == 2 else fill
         done += h*w
