@@ -232,8 +232,8 @@ def _share(p, i, queries):
 
 # %% ../nbs/12_fgsm.ipynb #05807046
 def fold_batchnorm(model:nn.Module) -> nn.Module: # a frozen copy in evaluation mode
-    "A copy with batch normalisation folded into the convolutions, where the model can be traced; a plain copy where not."
-    still = copy.deepcopy(model).eval().requires_grad_(False)
+    "A copy in `channels_last` with batch normalisation folded into the convolutions, where the model can be traced; without folding where not."
+    still = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     given = {n: p.default for n, p in inspect.signature(still.forward).parameters.items() if p.default is not p.empty} # traced as they are by default
     try: traced = torch.fx.symbolic_trace(still, given)
     except Exception: return still # tracing runs the model's own code on stand-ins for tensors, where anything in it may fail
