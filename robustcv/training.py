@@ -7,7 +7,7 @@ __all__ = ['cross_entropy', 'Training', 'autocast', 'accuracy', 'Checkpoint', 'm
            'fit', 'fit_from', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #525f5714
-import hashlib, io, json, math, os, time
+import atexit, hashlib, io, json, math, os, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -199,11 +199,16 @@ def _one_cycle(optimizer, config, steps):
     rise = min(1 - 1/steps, max(config.warmup, 2/steps))
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=rise, cycle_momentum=False)
 
+def _leave():
+    "Part from the other processes; gloo's threads, where they outlive the interpreter, may abort the process."
+    if dist.is_initialized(): dist.destroy_process_group()
+
 def _accelerator(device):
     "Accelerate's handle on this process, and the device: with one process, the one asked for."
     device = pick_device(device)
     if PartialState._shared_state and PartialState().num_processes == 1: AcceleratorState._reset_state(reset_partial_state=True)
     acc = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    if acc.num_processes > 1 and dist.get_backend() == "gloo": atexit.register(_leave)
     return acc, device if acc.num_processes == 1 else acc.device
 
 def _check_fit(model, train, valid):

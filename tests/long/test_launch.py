@@ -43,7 +43,7 @@ def train():
     torch.manual_seed(int(os.environ["RANK"])) # all start from the first process's weights
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
     history = fit(model, images, images, cross_entropy, config=Training(epochs=3, batch_size=8, lr=.01), device="cpu")
-    print("of", os.environ["WORLD_SIZE"], history.loss.round(6).tolist(), model[1].weight.sum().item(), flush=True)
+    os.write(1, f"\\nof {os.environ['WORLD_SIZE']} {history.loss.round(6).tolist()} {model[1].weight.sum().item()}\\n".encode()) # in one piece
 """
 
 def lines(*calls):
