@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
+# %% ../nbs/30_benchmarks.ipynb #25111ada
 from . import fgsm as attacks
 from .adversarial_training import adversarial_loss
 from .color_jitter import ColorJitter
@@ -131,20 +132,22 @@ def pipeline(data, rounds=9, n=256, served=4096):
         yield line(f"pipeline/order per {order}", {"ours": seconds[order], **{k: s for k, s in seconds.items() if k not in ours}}, served, x.device)
 
 # %% ../nbs/30_benchmarks.ipynb #fa57e9d6
-def _image_folder(root):
-    "torchvision's loader of the training files."
-    from torchvision import datasets, transforms as T
-    files = datasets.ImageFolder(_find_tiny(root)/"train", T.ToTensor())
-    return torch.utils.data.DataLoader(files, 128, shuffle=True, num_workers=2), len(files)
+_TO_FLOAT = v2.ToImage(), v2.ToDtype(torch.float32, scale=True)
+
+def _image_folder(root, *transforms):
+    "torchvision's data set of the training files."
+    from torchvision.datasets import ImageFolder
+    return ImageFolder(_find_tiny(root)/"train", v2.Compose(transforms))
 
 def batches(data, rounds=5):
     "Serving one epoch of shuffled float batches; floor: writing that much memory, in batches, from the same bytes in order."
     train, _ = load_data(data, 64)
-    loader, n = _image_folder(data)
+    files = _image_folder(data, *_TO_FLOAT)
+    loader = torch.utils.data.DataLoader(files, 128, shuffle=True, num_workers=2)
     ours, pixels, copies = Batches(train, 128, shuffle=True), train.images, max(1, 20_000//len(train)) # a small set is served several times, to be measurable
     candidates = {"ours": lambda: [_drain(ours.epoch(i)) for i in range(copies)], "floor": lambda: [_drain(part/255 for part in pixels.split(128)) for _ in range(copies)],
                   "torchvision ImageFolder, 2 workers": lambda: _drain(loader)}
-    served = dict.fromkeys(candidates, len(train)*copies) | {"torchvision ImageFolder, 2 workers": n}
+    served = dict.fromkeys(candidates, len(train)*copies) | {"torchvision ImageFolder, 2 workers": len(files)}
     yield line("batches", interleave(candidates, rounds), served)
 
 # %% ../nbs/30_benchmarks.ipynb #bb9ff971
@@ -328,9 +331,7 @@ def _fitted_marks(data, classes, per_class, config):
 
 def _files(data, classes, per_class):
     "torchvision's data set of the training files of some classes, and a function that renumbers labels."
-    from torchvision import datasets
-    files = datasets.ImageFolder(_find_tiny(data)/"train", v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(64, 4, padding_mode="reflect"), v2.ToImage(),
-                                                                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]))
+    files = _image_folder(data, v2.RandomHorizontalFlip(), v2.RandomCrop(64, 4, padding_mode="reflect"), *_TO_FLOAT, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
     labels, k = torch.tensor(files.targets), len(files.classes)
     kept = torch.tensor([i*k//classes for i in range(classes)]) if classes else torch.arange(k)
     index = torch.cat([(labels == c).nonzero().flatten()[:per_class] for c in kept])

@@ -37,6 +37,7 @@ def _read_image(path, size):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{path}: not a readable image ({e})") from None
 
+# %% ../nbs/01a_cache.ipynb #63010da9
 def _decode(job):
     "Decode a run of files and write them into their place in the cache file; returns their hashes and what went wrong."
     files, size, part, offset, shape = job

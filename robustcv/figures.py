@@ -276,6 +276,32 @@ def plot_response(models:dict, # name to a `Classifier`
     return fig
 
 # %% ../nbs/22_figures.ipynb #9ae7cd3f
+def _figures(records):
+    "Name and figure of everything that is drawn of a section."
+    r = records[0]
+    runs = by_name(records)
+    if len(runs) <= 3 and r["metrics"]["history"]: # an ensemble has none
+        histories = {n: pd.DataFrame(sum((x["metrics"]["history"] for x in rs), [])).groupby("epoch", as_index=False).mean() for n, rs in runs.items()}
+        yield "curves", plot_history(histories).figure
+        standard = {p.name for p in standard_perturbations()}
+        yield "perturbations", plot_bars({n: (t := pool(rs))[t.perturbation.isin(standard)] for n, rs in runs.items()}).figure
+    else: yield "runs", plot_runs(records).figure
+    if r["section"] == "color_jitter": yield "fields", plot_fields(records)[0].figure
+    if r["section"] == "random_erase" and {"baseline", "E"} <= set(runs): yield "occlusion", plot_occlusion(records)
+    if r["section"] in ATTACKED: yield "attacks", plot_attacks(records)
+    if r["metrics"]["history"] and "pgd_accuracy" in r["metrics"]["history"][0]: yield "watched", plot_watched(records).figure
+    if r["section"] == "stability":
+        yield "trade-off", plot_trade_off(records).figure; yield "corruptions", plot_corruptions(records).figure
+        for p in ("noise, article", "certified"):
+            measured = {n: t for n, rs in runs.items() if p in set((t := pool(rs)).perturbation)} # certificates are costly: not every run has them
+            if measured: yield p.split(",")[0], plot_strength(measured, p).figure
+    if r["section"] == "symmetry":
+        for name, plot in {"orientations": plot_orientations, "selectivity": plot_selectivity, "cost": plot_cost}.items(): yield name, plot(records).figure
+    if r["section"] == "robustness": yield "scoreboard", plot_scoreboard(scoreboard(records)).figure
+    if r["section"] == "multi_task" and any(n.startswith("boxes ") for n in runs): yield "degraded", plot_degraded(records)[0].figure
+    if r["section"] in ("baseline", "symmetry"): yield "filters", show_filters(filters(r)) # the others begin with the same network
+
+# %% ../nbs/22_figures.ipynb #14eccec6
 def draw_figures(records:list, # of one section, scale and data set
                  folder, # where the PNG files go
                  images:ImageSet|None=None, # for a picture of the perturbations
@@ -286,27 +312,7 @@ def draw_figures(records:list, # of one section, scale and data set
     r, folder, out = one_setting(records)[0], Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     def keep(name, fig): out.append(folder/f"{r['section']}-{r['scale']}-{name}.png"); fig.savefig(out[-1]); plt.close(fig)
-    runs = by_name(records)
-    if len(runs) <= 3 and r["metrics"]["history"]: # an ensemble has none
-        histories = {n: pd.DataFrame(sum((x["metrics"]["history"] for x in rs), [])).groupby("epoch", as_index=False).mean() for n, rs in runs.items()}
-        keep("curves", plot_history(histories).figure)
-        standard = {p.name for p in standard_perturbations()}
-        keep("perturbations", plot_bars({n: (t := pool(rs))[t.perturbation.isin(standard)] for n, rs in runs.items()}).figure)
-    else: keep("runs", plot_runs(records).figure)
-    if r["section"] == "color_jitter": keep("fields", plot_fields(records)[0].figure)
-    if r["section"] == "random_erase" and {"baseline", "E"} <= set(runs): keep("occlusion", plot_occlusion(records))
-    if r["section"] in ATTACKED: keep("attacks", plot_attacks(records))
-    if r["metrics"]["history"] and "pgd_accuracy" in r["metrics"]["history"][0]: keep("watched", plot_watched(records).figure)
-    if r["section"] == "stability":
-        keep("trade-off", plot_trade_off(records).figure); keep("corruptions", plot_corruptions(records).figure)
-        for p in ("noise, article", "certified"):
-            measured = {n: t for n, rs in runs.items() if p in set((t := pool(rs)).perturbation)} # certificates are costly: not every run has them
-            if measured: keep(p.split(",")[0], plot_strength(measured, p).figure)
-    if r["section"] == "symmetry":
-        for name, plot in {"orientations": plot_orientations, "selectivity": plot_selectivity, "cost": plot_cost}.items(): keep(name, plot(records).figure)
-    if r["section"] == "robustness": keep("scoreboard", plot_scoreboard(scoreboard(records)).figure)
-    if r["section"] == "multi_task" and any(n.startswith("boxes ") for n in runs): keep("degraded", plot_degraded(records)[0].figure)
-    if r["section"] in ("baseline", "symmetry"): keep("filters", show_filters(filters(r))) # the others begin with the same network
+    for name, fig in _figures(records): keep(name, fig)
     if images is not None: keep("examples", show_perturbations(images.images[torch.linspace(0, len(images) - 1, 4).long()], standard_perturbations()[::2]))
     return out
 

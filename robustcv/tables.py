@@ -57,10 +57,11 @@ def _pm(values): return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 def caption(records:list) -> str:
     "One line that says what a table or figure of these records rests on."
     r, d = one_setting(records)[0], records[0]["data"]
+    seeds = sorted(Counter(x["name"] for x in records).values()) # of the run with the fewest first
     what = f"{d['name']}{' (drawn images: no evidence about natural ones)' if d['synthetic'] else ''}"
     epochs = ", ".join(sorted({str(len(x["metrics"]["history"])) for x in records if x["metrics"]["history"]}))
     return (f"scale {r['scale']}: {what}, {d['classes']} classes, {d['train']:,} training images of {d['pixels']} pixels{f', {epochs} epochs' if epochs else ''}; "
-            f"n = {d['valid']:,} validation images; {len({x['seed'] for x in records})} seed(s); {r['device']}; commit {', '.join(sorted({x['commit'] for x in records}))}")
+            f"n = {d['valid']:,} validation images; {seeds[0]}{f' to {seeds[-1]}' if seeds[-1] > seeds[0] else ''} seed(s); {r['device']}; commit {', '.join(sorted({x['commit'] for x in records}))}")
 
 def markdown(frame:pd.DataFrame) -> str:
     "A data frame of strings and numbers as a Markdown table."

@@ -199,6 +199,7 @@ def _one_cycle(optimizer, config, steps):
     rise = min(1 - 1/steps, max(config.warmup, 2/steps))
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=rise, cycle_momentum=False)
 
+# %% ../nbs/04_training.ipynb #27740a9c
 def _leave():
     "Part from the other processes; gloo's threads, where they outlive the interpreter, may abort the process."
     if dist.is_initialized(): dist.destroy_process_group()
