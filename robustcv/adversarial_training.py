@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import normalized
+from .core import capturable, normalized, per_channel
 from .data import Batch
 from .fgsm import attacking, cross_entropies, gradient, pgd
 
 # %% ../nbs/13_adversarial_training.ipynb #8c2e458b
 def _mean_loss(model, x, y, label_smoothing=0.1): return F.cross_entropy(model(x).float(), y, label_smoothing=label_smoothing)
 
+@capturable
 def adversarial_loss(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K), in training mode
                      batch:Batch, # images and labels
                      backward, # of the loss; called here for the first term
@@ -38,9 +39,10 @@ def adversarial_loss(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K),
 def _radius(eps, x):
     eps = normalized(0.2) if eps is None else torch.as_tensor(eps)
     if not (eps >= 0).all() or (eps > 1).any(): raise ValueError(f"eps={eps}: between 0 and 1, in pixel units")
-    return eps.to(x).view(-1, 1, 1)
+    return per_channel(eps, x)
 
 # %% ../nbs/13_adversarial_training.ipynb #ca4cec3d
+@capturable
 def adversarial_data_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
                           share:float=0.5, # of the images that are replaced: k/m
                           weight:float=0.5, # lambda: of a replaced image's loss
@@ -75,6 +77,7 @@ def _half_normal(n, device):
     return torch.erfinv(u)*2**.5/2
 
 # %% ../nbs/13_adversarial_training.ipynb #9344b348
+@capturable
 def pgd_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
              eps:float|Tensor|None=None, # L-inf radius in pixel units, or one per channel; None: normalized(0.2)
              steps:int=7, # of the attack
@@ -86,6 +89,7 @@ def pgd_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
     return _mean_loss(model, adv, batch.labels)
 
 # %% ../nbs/13_adversarial_training.ipynb #25ee8669
+@capturable
 def fgsm_rs_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
                  eps:float|Tensor|None=None, # L-inf radius in pixel units, or one per channel; None: normalized(0.2)
                  step_size:float=1.25, # in radii
@@ -93,6 +97,7 @@ def fgsm_rs_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss
     "Cross-entropy on one-step examples from a random start ([Wong et al. 2020](https://arxiv.org/abs/2001.03994))."
     return pgd_loss(model, batch, backward, eps, 1, step_size)
 
+@capturable
 def trades_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
                 eps:float|Tensor|None=None, # L-inf radius in pixel units, or one per channel; None: normalized(0.2)
                 steps:int=7, # of the attack
@@ -138,8 +143,11 @@ class WarmUp:
     objective:object # objective(model, batch, backward) -> loss
     epochs:int=1 # clean ones
 
-    def __call__(self, model, batch, backward):
-        return _mean_loss(model, batch.images, batch.labels) if batch.epoch < self.epochs else self.objective(model, batch, backward)
+    def for_epoch(self, epoch:int): return _clean_loss if epoch < self.epochs else self.objective # what `fit` calls in an epoch
+    def __call__(self, model, batch, backward): return self.for_epoch(batch.epoch)(model, batch, backward)
+
+@capturable
+def _clean_loss(model, batch, backward): return _mean_loss(model, batch.images, batch.labels)
 
 class CollapseWarning(UserWarning):
     "PGD accuracy has collapsed: the network has learnt to defeat the attack it is trained on, not to be robust."

@@ -204,8 +204,11 @@ def _fitted(objective, steps, batch, stem="imagenet"):
     epoch = epoch_of(build_model("resnet18", 200, stem=stem), images, images, batch, objective)
     return (images.images[:batch]/255).to(device), images.labels[:batch].to(device), epoch
 
+def _steps(few): return few*(20 if pick_device().type == "cuda" else 1) # steps between two looks at the clock
+
 def train_step(data, rounds=11, steps=4, batch=128):
     "Training steps of ResNet-18 at 64×64, batch 128, on a GPU also with the small stem; floor: the same operations at the speed of a bf16 matrix product."
+    steps = _steps(steps)
     for stem in ("imagenet", "small") if pick_device().type == "cuda" else ("imagenet",):
         x, y, epoch = _fitted(cross_entropy, steps, batch, stem)
         candidates = {"ours": epoch, "bare loop, bf16 channels_last": _bare("auto", x, y, steps, True, stem), "bare loop, float32": _bare("fp32", x, y, steps, False, stem)}
@@ -274,6 +277,7 @@ def _naive(precision, x, y, steps, channels_last):
 
 def adversarial_step(data, rounds=9, steps=2, batch=128):
     "Training steps with the adversarial objective on ResNet-18 at 64×64, batch 128; floor: the clean step."
+    steps = _steps(steps)
     x, y, clean = _fitted(cross_entropy, steps, batch)
     candidates = {"ours": _fitted(adversarial_loss, steps, batch)[2], "floor": clean, "naive, bf16 channels_last": _naive("auto", x, y, steps, True), "naive, float32": _naive("fp32", x, y, steps, False)}
     yield line("adversarial_step", interleave(candidates, rounds), steps*batch, x.device)
@@ -287,13 +291,13 @@ def symmetry(data, rounds=9, served=2048):
 
 def _two_passes(model, batch, backward):
     "The stability objective with a pass for each copy."
-    noisy = (batch.images + normalized(.1).view(-1, 1, 1)*torch.randn_like(batch.images)).clamp(0, 1)
+    noisy = (batch.images + normalized(.1).to(batch.images)*torch.randn_like(batch.images)).clamp(0, 1)
     clean, other = model(batch.images).float(), model(noisy).float()
     return F.cross_entropy(clean, batch.labels, label_smoothing=.1) + .01*divergence(clean, other).mean()
 
 def stability_step(data, rounds=9, steps=2, batch=128):
     "Training steps with the stability objective on ResNet-18 at 64×64, batch 128; floor: the clean step."
-    ways = {"ours": stability_loss, "two passes": _two_passes, "floor": cross_entropy}
+    steps, ways = _steps(steps), {"ours": stability_loss, "two passes": _two_passes, "floor": cross_entropy}
     yield line("stability_step", interleave({n: _fitted(f, steps, batch)[2] for n, f in ways.items()}, rounds), steps*batch, pick_device())
 
 # %% ../nbs/30_benchmarks.ipynb #b679e92a
@@ -362,7 +366,7 @@ def _plain_marks(data, classes, per_class, config):
 def time_to_accuracy(data, rounds=2, config=None, target=None):
     "Seconds until ResNet-18 reaches an accuracy on validation images, against a plain loop over files."
     device, k = pick_device(), len(load_data(data, 64)[1].classes) # decodes, if need be
-    classes, per_class, usual, goal = (None, None, Training(15, 256, lr=.1), 45.) if device.type == "cuda" else (min(10, k), 100, Training(6, 50, lr=.05), 25.)
+    classes, per_class, usual, goal = (None, None, Training(5, 256, lr=.2), 35.) if device.type == "cuda" else (min(10, k), 100, Training(6, 50, lr=.05), 25.)
     config, target = config or usual, goal if target is None else target
     ways, seconds = {"ours": _fitted_marks, "plain loop, ImageFolder, float32": _plain_marks}, {}
     for i in range(rounds):

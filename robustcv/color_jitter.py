@@ -9,6 +9,7 @@ __all__ = ['ADJUST', 'HUE', 'luma', 'adjust_brightness', 'adjust_contrast', 'adj
 import torch
 from torch import Tensor
 
+from .core import per_channel
 from .transforms import Transform, check_range, uniform
 
 # %% ../nbs/10_color_jitter.ipynb #8ac4aebc
@@ -56,7 +57,7 @@ def adjust_hue(x:Tensor, # (B,3,H,W) in [0,1]
     hue = mid.sub_(low).div_(torch.clamp_min(chroma, 1e-12, out=w))
     hue.sub_(swapped, alpha=6).sub_(other, alpha=2).addcmul_(swapped, other, value=12).abs_().add_(6*_each(shift, x))
     hue.sub_(torch.div(hue, 6, out=w).floor_(), alpha=6) # from 0 to 6
-    torch.sub(hue, x.new_tensor([3, 5, 1]).view(1, 3, 1, 1), out=out) # less the hue at which each channel is smallest
+    torch.sub(hue, per_channel((3, 5, 1), x), out=out) # less the hue at which each channel is smallest
     out.abs_().sub_(3).abs_().clamp_(1, 2) # 1 + how much of the chroma the channel lacks
     return torch.addcmul(value.add_(chroma), out, chroma, value=-1, out=out)
 
@@ -108,10 +109,8 @@ def _linear(x, op, amounts):
     mean = g.mean((2, 3), keepdim=True)
     x.mul_(_each(f, x)).add_(g.mul_(_each(of_pixel, x)).add_(mean*_each(of_image, x))).clamp_(0, 1)
 
-def _mixed(x, order, amounts, turns):
+def _mixed(x, order, amounts, turns, by, early):
     "What some images need before the hue, the hue for all images, what some need after it; inside, those whose hue comes early are first."
-    at, by = (order == HUE).int().argmax(1).sort() # the step at which an image's hue is turned
-    early = [int((at <= step).sum()) for step in range(4)] # images whose hue is turned by then
     back, by, order, amounts = by.argsort().to(x.device), by.to(x.device), order[by].to(x.device), amounts.to(x)[by.to(x.device)]
     out = x[by]
     for step in range(3): _linear(out[early[step]:], order[early[step]:, step], amounts[early[step]:])
@@ -120,9 +119,11 @@ def _mixed(x, order, amounts, turns):
     return out[back]
 
 def _in_order(x, order, amounts):
-    "Each image's operations in its order."
-    turns = bool(amounts[:, HUE].any())
-    if not (order == order[0]).all(): return _mixed(x, order, amounts, turns)
+    "Each image's operations in its order; what has to be known of the draws is read from a GPU all at once."
+    at, by = (order == HUE).int().argmax(1).sort() # the step at which an image's hue is turned
+    known = [(at <= step).sum() for step in range(4)] + [(order == order[0]).all(), amounts[:, HUE].any()]
+    *early, same, turns = torch.stack([k.long() for k in known]).tolist() # first: images whose hue is turned by each step
+    if not same: return _mixed(x, order, amounts, turns, by, early)
     for k in order[0].tolist():
         if k != HUE or turns: x = list(ADJUST.values())[k](x, amounts[:, k])
     return x

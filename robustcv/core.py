@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SIZES', 'SCALES', 'SCHEMA', 'RECORD_FIELDS', 'COLORS', 'choose', 'derive_seed',
-           'generator', 'seed_everything', 'pick_device', 'device_name', 'out_of_memory', 'normalized', 'Scale',
-           'disk_errors', 'atomic_path', 'run_id', 'describe', 'git_commit', 'library_versions', 'make_record',
-           'check_record', 'append_record', 'load_records', 'set_style', 'model_colors']
+           'generator', 'seed_everything', 'pick_device', 'device_name', 'out_of_memory', 'normalized', 'per_channel',
+           'capturable', 'Scale', 'disk_errors', 'atomic_path', 'run_id', 'describe', 'git_commit', 'library_versions',
+           'make_record', 'check_record', 'append_record', 'load_records', 'set_style', 'model_colors']
 
 # %% ../nbs/00_core.ipynb #e5bf156a
 import difflib, errno, glob, hashlib, json, os, platform, random, subprocess, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -86,6 +86,22 @@ def normalized(strength:float, # a radius or standard deviation in normalised un
     "Translate a strength from normalised units to pixel units."
     return strength * torch.tensor(std).view(-1, 1, 1)
 
+def per_channel(value, # a number, or one a channel: a tensor or a sequence
+                like:Tensor, # whose device and type it takes on
+               ) -> Tensor: # (C,1,1) or (1,1,1), shared: not to be changed in place
+    "A strength that broadcasts over images (B,C,H,W), copied to a device once rather than in every step."
+    return _placed(tuple(torch.as_tensor(value, dtype=torch.float64).flatten().tolist()), like.device, like.dtype)
+
+@lru_cache(maxsize=64)
+def _placed(values, device, dtype):
+    with torch.inference_mode(False): return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+
+# %% ../nbs/00_core.ipynb #8413c353
+def capturable(objective): # objective(model, batch, backward) -> loss
+    "Mark an objective as one that may be recorded as a CUDA graph: it draws from the device's global generator alone, reads no number from the device, and keeps nothing from step to step."
+    objective.capturable = True
+    return objective
+
 # %% ../nbs/00_core.ipynb #e52446e4
 @dataclass(frozen=True)
 class Scale:
@@ -107,7 +123,7 @@ SIZES = {s.name: s for s in (
     Scale("smoke", 4, 40, 20, 2, 16, 0.02, (0,)),
     Scale("demo", 6, 130, 25, 5, 32, 0.05, (0,)),
     Scale("lite", 20, 300, 50, 15, 64, 0.1, (0, 1, 2)),
-    Scale("full", None, None, None, 30, 128, 0.1, (0, 1, 2)))}
+    Scale("full", None, None, None, 15, 256, 0.2, (0, 1, 2)))}
 SCALES = SIZES | {s.name: s for s in (replace(s, name=f"{n}-pretrained", lr=s.lr/10, pretrained=True) for n, s in SIZES.items())}
 
 # %% ../nbs/00_core.ipynb #e54c6780

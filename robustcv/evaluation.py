@@ -9,7 +9,7 @@ __all__ = ['WEAKER', 'COLUMNS', 'TrustWarning', 'check_trust', 'check_results', 
 
 # %% ../nbs/05_evaluation.ipynb #c6162757
 import base64, math, time, warnings
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .core import derive_seed, model_colors, normalized, out_of_memory, pick_device
 from .data import Batches, ImageSet, known_boxes, take
 from .ensemble import combine
+from .fgsm import fold_batchnorm
 from .models import evaluating
 from .multi_task import box_iou, linear_probe, predict_boxes
 from .perturbations import ORBIT, Perturbation, standard_perturbations
@@ -81,7 +82,7 @@ COLUMNS = ["perturbation", "strength", "unit", "correct", "n", "accuracy", "low"
 def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
              images:ImageSet, # what to measure it on
              perturbations=None, # list of `Perturbation`; None: the standard ones
-             batch_size:int=256, # images at a time
+             batch_size:int|None=None, # images at a time; None: 256, on a GPU 1,024
              precision:str="auto", # of the forward pass: "bf16", "fp32", or "auto": bf16 where the device is fast at it
              seed:int=0, # of whatever is random in the perturbations
              device=None, # None: the best device there is
@@ -90,18 +91,22 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     perturbations = standard_perturbations() if perturbations is None else list(perturbations)
     if not len(images): raise ValueError(f"images: {images.name} is empty")
     device = pick_device(device)
+    batch_size = batch_size or _usual(device)
     model, batches, name = model.to(device), Batches(images, batch_size, device=device), "the model"
     first = next(iter(batches))
     with torch.random.fork_rng([device] if device.type == "cuda" else []): outputs = check_trust(model, first.images[:8], first.labels[:8])
     if outputs < len(images.classes): raise ValueError(f"model: has {outputs} outputs, {images.name} has {len(images.classes)} classes")
     _check_origin(model, images)
     model.to(memory_format=torch.channels_last)
-    def row(p, size): return _measure({name: model}, {name: [name]}, Batches(spread_over(images, p.most or len(images)), size, device=device), p, precision, seed, model)[name]
+    served, folded = cache(lambda n, size: Batches(spread_over(images, n), size, device=device)), cache(lambda: fold_batchnorm(model))
+    def row(p, size): return _measure({name: model}, {name: [name]}, served(p.most or len(images), size), p, precision, seed, folded() if p.fp32 else model)[name]
     with evaluating(model): table = pd.DataFrame(_halving(row, perturbations, batch_size), columns=COLUMNS)
     check_results(table, len(images.classes))
     return table
 
 # %% ../nbs/05_evaluation.ipynb #5be26d35
+def _usual(device): return 1024 if device.type == "cuda" else 256 # images at a time
+
 def _halving(row, perturbations, size):
     "`row(perturbation, size)` of each, with half the size from where memory runs out."
     rows = []
@@ -154,11 +159,11 @@ def evaluate_together(members:dict, # name to model
                       groups:dict, # name to the names of its members: an ensemble, whose probabilities are averaged, or one model
                       images:ImageSet,
                       perturbations:list, # of `Perturbation`; applied without a model
-                      batch_size:int=256, precision:str="auto", seed:int=0, device=None, # as for `evaluate`
+                      batch_size:int|None=None, precision:str="auto", seed:int=0, device=None, # as for `evaluate`
                      ) -> dict: # name of a group to its evaluation, as `evaluate` gives it
     "`evaluate` for several ensembles of the same models at once."
     device = pick_device(device)
-    batches = Batches(images, batch_size, device=device)
+    batches = Batches(images, batch_size or _usual(device), device=device)
     with evaluating(*[m.to(device, memory_format=torch.channels_last) for m in members.values()]):
         for n, m in members.items():
             with torch.no_grad(): outputs = m(batches.gather(torch.zeros(1, dtype=torch.long, device=device)).images).shape[1]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from .core import pick_device
+from .core import per_channel, pick_device
 from .data import Batches, ImageSet
 from .models import evaluating
 from .transforms import check_images
@@ -39,19 +39,21 @@ def attacking(model:nn.Module, # attacked inside of the `with`
 def check_attack(x:Tensor, y:Tensor, eps) -> Tensor: # the radius as a tensor that broadcasts over images
     "Raise a `ValueError` that says what is wrong with images, labels or radius."
     check_images(x)
-    low, high = float(x.min()), float(x.max())
+    low, high = torch.stack(x.aminmax()).tolist()
     if not (low >= 0 and high <= 1): raise ValueError(f"images: pixels from {low:.3g} to {high:.3g}; an attack expects [0,1], with the normalisation inside the model")
     if y.shape != x.shape[:1] or y.is_floating_point(): raise ValueError(f"labels: expected {len(x)} whole numbers, got {y.dtype} of shape {tuple(y.shape)}")
-    radius = torch.as_tensor(eps, dtype=x.dtype, device=x.device).detach()
+    radius = torch.as_tensor(eps, dtype=x.dtype).detach()
     if radius.numel() not in (1, 3): raise ValueError(f"eps: a number, or one a channel; got shape {tuple(radius.shape)}")
     if not (radius >= 0).all() or not radius.isfinite().all(): raise ValueError(f"eps={eps}: a radius is finite and not negative")
     if (radius > 1).any(): raise ValueError(f"eps={eps}: pixels are in [0,1]; a radius in units of 0 to 255 must be divided by 255")
-    return radius.view(-1, 1, 1)
+    return per_channel(radius, x)
 
 # %% ../nbs/12_fgsm.ipynb #cb53966c
 def cross_entropies(out:Tensor, y:Tensor) -> Tensor: # (B,)
     "Cross-entropy, image by image."
     return F.cross_entropy(out, y, reduction="none")
+
+def _recording(x): return x.is_cuda and torch.cuda.is_current_stream_capturing() # when no number can be read, see `fit`
 
 def gradient(model:nn.Module, # inside of `attacking`
              x:Tensor, # images (B,3,H,W)
@@ -61,7 +63,7 @@ def gradient(model:nn.Module, # inside of `attacking`
     "The gradient of the loss with respect to the images."
     x = x.detach().requires_grad_(True)
     out = model(x)
-    if out.ndim != 2 or int(y.max()) >= out.shape[1]: raise ValueError(f"labels: the model has {tuple(out.shape)[1:]} outputs, a label is {int(y.max())}")
+    if out.ndim != 2 or not _recording(x) and int(y.max()) >= out.shape[1]: raise ValueError(f"labels: the model has {tuple(out.shape)[1:]} outputs, a label is {int(y.max())}")
     each = loss(out.double(), y) # in float32 the gradient of a confident prediction is exactly zero
     if not each.requires_grad: raise ValueError("model: its output does not depend on the images through differentiable operations, so it has no gradient to follow")
     grad, = torch.autograd.grad(each.sum(), x)

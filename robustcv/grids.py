@@ -146,7 +146,8 @@ def better() -> list[Run]:
     augment, mixed = baseline()[0].transform, dict(objective=mixed_loss, length=2.)
     strong = mixed | dict(transform=Compose(augment, PerImage(v2.TrivialAugmentWide())))
     return [Run("recipe", "baseline", transform=augment), Run("recipe", "CutMix", transform=augment, objective=mixed_loss), Run("recipe", "longer", transform=augment, **mixed),
-            Run("recipe", "TrivialAugment", **strong), *[Run("recipe", f"{s} stem", stem=s, **strong) for s in ("half", "small")]]
+            Run("recipe", "TrivialAugment", **strong), *[Run("recipe", f"{s} stem", stem=s, **strong) for s in ("half", "small")],
+            *[Run("recipe", f"longer, {s} stem", stem=s, transform=augment, **mixed) for s in ("half", "small")]]
 
 # %% ../nbs/19_grids.ipynb #5aa2f794
 SECTIONS = {"baseline": baseline, "color_jitter": color_jitter, "random_erase": random_erase, "fgsm": attacked, "adversarial_training": adversarial,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 from torchvision.transforms.v2 import functional as tv
 
-from .core import choose, generator, pick_device
+from .core import capturable, choose, generator, pick_device
 from .data import Batch, Batches, ImageSet, known_boxes
 from .models import Classifier, evaluating
 
@@ -33,6 +33,7 @@ def box_loss(predicted:Tensor, # (B,4), x0,y0,x1,y1 in [0,1]
     return torch.where(some, each, 0.).sum()/some.sum().clamp_min(1)
 
 # %% ../nbs/16_multi_task.ipynb #e740e0f1
+@capturable
 def multi_task_loss(model:nn.Module, # `model(x, boxes=True)` gives logits (B,K) and boxes (B,4), see `build_model(…, boxes=True)`
                     batch:Batch, # images, labels and boxes
                     backward=None, # not needed here

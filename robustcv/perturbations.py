@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from .core import normalized
 from .data import show_images
-from .fgsm import fgsm, fold_batchnorm, pgd, strong_attacks, worst_case
+from .fgsm import fgsm, pgd, strong_attacks, worst_case
 from .random_erase import RandomErase
 from .stability import SEVERITIES, add_noise, corrupt, jpeg, rescale, salt_and_pepper, uniform_noise
 from .symmetry import ELEMENTS, RandomSymmetry, apply_symmetry
@@ -33,7 +33,7 @@ class Perturbation:
     strength:float = math.nan # for plots of accuracy against strength
     unit:str = "" # of the strength
     most:int|None = None # images that are measured, evenly spread over all; None: all
-    fp32:bool = False # predict in float32, so that the narrow successes of an attack count
+    fp32:bool = False # an attack: it gets the model from `fold_batchnorm`, and what it makes is predicted in float32, so that narrow successes count
 
 def _still(f, *args, **kwargs): return lambda x, y, model: f(x, *args, **kwargs)
 
@@ -117,7 +117,7 @@ def attack_perturbations(sources=None, # name to a `Transferred` network
                         ) -> list[Perturbation]:
     "FGSM, on the network itself and from others, random signs of the same size, and at 0.2 PGD with 20 steps and the strong attacks."
     P = partial(Perturbation, unit="ε, normalised", fp32=True)
-    def own(attack, e, **kwargs): return lambda x, y, model: attack(fold_batchnorm(model), x, y, normalized(e), **kwargs)
+    def own(attack, e, **kwargs): return lambda x, y, model: attack(model, x, y, normalized(e), **kwargs)
     def lent(source, e): return lambda x, y, model: source(x, y, normalized(e))
     return [*[P("random signs", _still(random_signs, normalized(e)), e) for e in eps], *[P("FGSM", own(fgsm, e), e) for e in eps],
             *[P(f"FGSM from {name}", lent(source, e), e) for name, source in (sources or {}).items() for e in eps],

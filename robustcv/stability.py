@@ -19,7 +19,7 @@ from scipy.stats import beta, binomtest
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
-from .core import generator as make_generator, normalized, pick_device
+from .core import capturable, generator as make_generator, normalized, per_channel, pick_device
 from .data import Batch, Batches, ImageSet
 from .models import evaluating
 from .transforms import Transform
@@ -30,7 +30,7 @@ def _deviation(std, x):
     each = normalized(0.1) if std is None else torch.as_tensor(std, dtype=torch.float32)
     if each.numel() not in (1, 3) or not (each >= 0).all() or not each.isfinite().all():
         raise ValueError(f"std={std}: a standard deviation in pixel units, or one a channel, not negative")
-    return each.to(x).view(-1, 1, 1)
+    return per_channel(each, x)
 
 def divergence(p:Tensor, q:Tensor) -> Tensor: # (B,)
     "KL(softmax p || softmax q) of logits (B,K), in nats."
@@ -42,6 +42,7 @@ def add_noise(x:Tensor, std) -> Tensor: # std: pixel units, a number, one a chan
     return (x + torch.as_tensor(std, device=x.device)*torch.randn_like(x)).clamp(0, 1)
 
 # %% ../nbs/14_stability.ipynb #eb93cfec
+@capturable
 def stability_loss(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K), in training mode
                    batch:Batch, # images and labels
                    backward=None, # not needed here

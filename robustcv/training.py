@@ -9,6 +9,7 @@ __all__ = ['cross_entropy', 'Training', 'autocast', 'accuracy', 'Checkpoint', 'm
 # %% ../nbs/04_training.ipynb #525f5714
 import atexit, hashlib, io, json, math, os, time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -20,13 +21,14 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import atomic_path, choose, derive_seed, describe, generator, model_colors, out_of_memory, pick_device
+from .core import atomic_path, capturable, choose, derive_seed, describe, generator, model_colors, out_of_memory, pick_device
 from .data import Batch, Batches, ImageSet, take
 from .models import Classifier, evaluating, save_model
 from .symmetry import RandomSymmetry, orbit_features, split_at, symmetrize, turned
 from .transforms import Transform
 
 # %% ../nbs/04_training.ipynb #ec554b89
+@capturable
 def cross_entropy(model, # maps (B,3,H,W) in [0,1] to logits (B,K)
                   batch:Batch, # images and labels
                   backward=None, # not needed here
@@ -48,6 +50,7 @@ class Training:
     keep:str="last" # weights to end with: "last", or "best" by validation accuracy
     precision:str="auto" # "bf16", "fp32", or "auto": bf16 where the device is fast at it
     replays:int|None=None # steps on every batch, one after the other; None: one
+    cuda_graph:bool|None=None # False: never record steps as a CUDA graph; None: on a GPU, for objectives that are `capturable`
     sync_batchnorm:bool=False # with several processes: statistics over the whole batch, in place of each process's share; on GPUs
 
     def __post_init__(self):
@@ -115,24 +118,64 @@ class Checkpoint:
         return len(self.history)
 
 # %% ../nbs/04_training.ipynb #72e19bee
-def _step(run, batch):
-    "One update; returns the loss, still on the device."
-    with autocast(run.device, run.config.precision): loss = run.objective(run.parallel, batch, run.backward)
+def _passes(run, objective, batch):
+    "Forward and backward; returns the loss, still on the device."
+    with autocast(run.device, run.config.precision): loss = objective(run.parallel, batch, run.backward)
     run.backward(loss)
-    run.optimizer.step(); run.schedule.step(); run.optimizer.zero_grad()
     return loss.detach().float()
+
+def _step(run, batch):
+    "One update; returns the loss, as `_passes` does."
+    loss = run.passes(batch)
+    run.optimizer.step(); run.schedule.step(); run.optimizer.zero_grad()
+    return loss
 
 def _transformed(transform, batch, gen):
     "Images and boxes; no boxes if the transform is a function of images alone."
     if transform is None: return batch.images, batch.boxes
     return transform.with_boxes(batch.images, batch.boxes, gen) if isinstance(transform, Transform) else (transform(batch.images, gen), None)
 
+# %% ../nbs/04_training.ipynb #c5e77c4c
+class _Recorded:
+    "The passes of an objective as a CUDA graph."
+    def __init__(self, run, objective): self.run, self.objective, self.graph, self.left, self.side = run, objective, None, 3, torch.cuda.Stream(run.device)
+
+    def __call__(self, batch):
+        if self.graph is None and self.left: return self._aside(batch)
+        if self.graph is None: self._record(batch)
+        if batch.images.shape != self.batch.images.shape: return _passes(self.run, self.objective, batch)
+        for name in self.named: getattr(self.batch, name).copy_(getattr(batch, name))
+        for p, g in self.gradients: p.grad = g
+        self.graph.replay()
+        return self.loss
+
+    def _aside(self, batch):
+        "A step as it is, on a stream of its own, as recording needs it."
+        self.left -= 1
+        usual = torch.cuda.current_stream(self.run.device)
+        self.side.wait_stream(usual)
+        with torch.cuda.stream(self.side): loss = _passes(self.run, self.objective, batch)
+        usual.wait_stream(self.side)
+        return loss
+
+    def _record(self, batch):
+        "Record passes over a copy of the batch; nothing is computed yet."
+        self.named = [n for n in ("images", "labels", "boxes", "index") if getattr(batch, n) is not None]
+        self.batch, self.graph = replace(batch, **{n: getattr(batch, n).clone() for n in self.named}), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph): self.loss = _passes(self.run, self.objective, self.batch)
+        except RuntimeError as e:
+            if out_of_memory(e): raise
+            raise RuntimeError(f"the steps of this model and objective cannot be recorded as a CUDA graph ({str(e).splitlines()[0]}): use Training(cuda_graph=False)") from e
+        self.gradients = [(p, p.grad) for p in self.run.model.parameters() if p.grad is not None]
+
 # %% ../nbs/04_training.ipynb #e02546a5
 def _epoch(run, epoch, check_every=50):
     "One pass over the training images; returns its mean loss and speed."
     run.parallel.train(); torch.manual_seed(derive_seed(run.seed, "epoch", epoch))
+    run.choose_passes(epoch)
     rank, total, start, replays = run.batches.rank, 0., time.perf_counter(), run.config.replays or 1
-    gen = generator(run.seed, "transform", epoch, *([rank] if rank else [])) # each process transforms images of its own
+    gen = generator(run.seed, "transform", epoch, *([rank] if rank else []), device=run.device) # each process transforms images of its own
     for i, batch in enumerate(run.batches.epoch(epoch), 1):
         images, boxes = _transformed(run.transform, batch, gen)
         batch = replace(batch, images=images.contiguous(memory_format=torch.channels_last), boxes=boxes)
@@ -163,6 +206,18 @@ class _Run:
     "Everything that a run's steps need."
     model:nn.Module; parallel:nn.Module; batches:Batches; probes:dict; objective:object; transform:object; config:Training; seed:int
     device:torch.device; backward:object; reduce:object; main:bool; optimizer:object; schedule:object; checkpoint:Checkpoint; bar:object
+    passes:object=None # of this epoch
+
+    def choose_passes(self, epoch):
+        "An objective may differ from epoch to epoch; a recorded one is kept as long as it stays."
+        objective = self.objective.for_epoch(epoch) if hasattr(self.objective, "for_epoch") else self.objective
+        if not self._may_record(objective): self.passes = partial(_passes, self, objective)
+        elif getattr(self.passes, "objective", None) is not objective: self.passes = _Recorded(self, objective)
+
+    def _may_record(self, objective):
+        "Whether an objective, or what it is a partial of, may be recorded: on one GPU, since the processes of several wait for one another."
+        marked = getattr(getattr(objective, "func", objective), "capturable", False)
+        return marked and self.device.type == "cuda" and self.parallel is self.model and self.config.cuda_graph is not False
 
 def _set_up(model, train, valid, objective, transform, config, seed, device, folder):
     "Place the model, make optimiser, schedule and batches, and load the checkpoint if there is one."
@@ -175,7 +230,8 @@ def _set_up(model, train, valid, objective, transform, config, seed, device, fol
     shard = dict(device=device, rank=acc.process_index, world=acc.num_processes)
     batches = Batches(train, config.batch_size, shuffle=True, drop_last=True, seed=seed, **shard)
     few = take(train, torch.randperm(len(train), generator=generator(seed, "probe"))[:len(valid)].sort().values)
-    probes = {"train_accuracy": Batches(few, 256, **shard), "valid_accuracy": Batches(valid, 256, **shard)}
+    size = 1024 if device.type == "cuda" else 256
+    probes = {"train_accuracy": Batches(few, size, **shard), "valid_accuracy": Batches(valid, size, **shard)}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
     schedule = _one_cycle(optimizer, config, config.epochs*len(batches)*(config.replays or 1))
     checkpoint = Checkpoint(folder, model, optimizer, schedule, folder and _signature(model, train, valid, objective, transform, config, seed))
@@ -247,7 +303,7 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
        ) -> pd.DataFrame: # one row an epoch: loss, accuracies in %, lr, seconds, images_per_second
     "Train a model, with a measurement and a checkpoint after every epoch; resumes an unfinished run."
     _check_fit(model, train, valid)
-    run = _set_up(model, train, valid, objective, transform, config, seed, device, folder)
+    run, written = _set_up(model, train, valid, objective, transform, config, seed, device, folder), time.perf_counter()
     with run.bar, torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         for epoch in range(len(run.checkpoint.history), config.epochs):
             row = {"epoch": epoch + 1, "lr": run.schedule.get_last_lr()[0], **_in_memory(_epoch, run, epoch)}
@@ -256,7 +312,9 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
                 row[name] = 100*correct/total
             if watch is not None: row.update(watch(model, run.probes["valid_accuracy"]))
             run.bar.set_postfix({"epoch": epoch + 1, "loss": f"{row['loss']:.3f}", "valid": f"{row['valid_accuracy']:.1f} %"})
-            run.checkpoint.save(row, run.main)
+            due = run.device.type == "cpu" or epoch + 1 == config.epochs or time.perf_counter() - written > 30 # a GPU's epoch may take less than its checkpoint
+            run.checkpoint.save(row, run.main and due)
+            if due: written = time.perf_counter()
     if config.keep == "best": model.load_state_dict(run.checkpoint.best)
     model.eval()
     return pd.DataFrame(run.checkpoint.history)
@@ -301,14 +359,15 @@ class _Cached:
     after:nn.Module; cached:Tensor; probes:dict; batches:Batches; optimizer:object; schedule:object; config:Training; seed:int; pooled:bool
 
     def epoch(self, epoch):
-        self.after.train(); start, total, gen = time.perf_counter(), 0., generator(self.seed, "transform", epoch)
+        self.after.train(); start, total, gen = time.perf_counter(), 0., generator(self.seed, "transform", epoch, device=self.cached.device)
         row = {"epoch": epoch + 1, "lr": self.schedule.get_last_lr()[0]}
         for b in self.batches.epoch(epoch):
-            at = slice(None) if self.pooled else RandomSymmetry().draw(b.images, gen)["element"].to(self.cached.device)
-            features, labels = self.cached[at, b.index.to(self.cached.device)], b.labels.to(self.cached.device)
-            loss = F.cross_entropy(self.logits(features if self.pooled else features[None]), labels, label_smoothing=0.1)
+            at = slice(None) if self.pooled else RandomSymmetry().draw(b.images, gen)["element"]
+            features = self.cached[at, b.index]
+            loss = F.cross_entropy(self.logits(features if self.pooled else features[None]), b.labels, label_smoothing=0.1)
             loss.backward(); self.optimizer.step(); self.schedule.step(); self.optimizer.zero_grad()
-            total += float(loss.detach())
+            total = total + loss.detach().double()
+        total = float(total)
         seconds, images = time.perf_counter() - start, len(self.batches)*self.config.batch_size
         if not math.isfinite(total): raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate (lr={self.config.lr}) or use precision='fp32'")
         row |= {"loss": total/len(self.batches), "seconds": round(seconds, 4), "images_per_second": round(images/seconds, 1)}
@@ -335,7 +394,7 @@ def _cache(model, first, train, valid, config, seed, device, pooled):
         probes = {n: (seen(s), s.labels.to(device)) for n, s in (("train_accuracy", few), ("valid_accuracy", valid))}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
     order = replace(train, images=train.images[:, :, :1, :1]) # only which images, and their labels, are needed from here on
-    batches = Batches(order, config.batch_size, shuffle=True, drop_last=True, seed=seed)
+    batches = Batches(order, config.batch_size, shuffle=True, drop_last=True, seed=seed, device=device)
     return _Cached(after, cached, probes, batches, optimizer, _one_cycle(optimizer, config, config.epochs*len(batches)), config, seed, pooled)
 
 # %% ../nbs/04_training.ipynb #97dd6a04
