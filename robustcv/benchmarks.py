@@ -204,7 +204,7 @@ def _fitted(objective, steps, batch, stem="imagenet"):
     epoch = epoch_of(build_model("resnet18", 200, stem=stem), images, images, batch, objective)
     return (images.images[:batch]/255).to(device), images.labels[:batch].to(device), epoch
 
-def _steps(few): return few*(20 if pick_device().type == "cuda" else 1) # steps between two looks at the clock
+def _steps(few): return few*(10 if pick_device().type == "cuda" else 1) # steps between two looks at the clock
 
 def train_step(data, rounds=11, steps=4, batch=128):
     "Training steps of ResNet-18 at 64×64, batch 128, on a GPU also with the small stem; floor: the same operations at the speed of a bf16 matrix product."

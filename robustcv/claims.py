@@ -100,14 +100,16 @@ def seed_spread(records:list, # of any runs
                 perturbation:tuple=CLEAN, # and its strength; or several of them
                 enough:int=5, # degrees of freedom
                ) -> tuple[float, int]: # standard deviation in points, degrees of freedom
-    "`spread` of the accuracy under a perturbation; where too few seeds are on record, of a mean over those that were measured, or that of any perturbation."
+    "`spread` of the accuracy under a perturbation; where too few seeds are on record, of a mean over those that were measured, or that of any perturbation; unknown where a single pair of seeds is all there is."
     own = spread(records, lambda r: _accuracy(r, perturbation))
     if own[1] >= enough: return own
     shared = _shared(records, _each(perturbation))
     if len(shared) > 1 and (part := spread(records, lambda r: _accuracy(r, shared)))[1] >= enough: return part # a mean over fewer varies more, if anything
     by = {id(r): {p: _accuracy(r, p) for p in _common([r])} for r in records}
     each = [spread(records, lambda r, p=p: by[id(r)].get(p)) for p in set().union(*by.values())]
-    return math.sqrt(sum(s**2*df for s, df in each)/max(1, sum(df for _, df in each))), max((df for _, df in each), default=0)
+    return _known((math.sqrt(sum(s**2*df for s, df in each)/max(1, sum(df for _, df in each))), max((df for _, df in each), default=0)))
+
+def _known(spread): return spread if spread[1] > 1 else (0., 0) # a pair of seeds is none
 
 # %% ../nbs/21_claims.ipynb #4235c056
 def paired(before:list, # records of a run, one a seed
@@ -268,8 +270,8 @@ def _boxes(after, confidence):
 def _measured(before, after, records, confidence, was=CLEAN, now=CLEAN):
     if was == "selectivity": return _selectivity(after, confidence)
     if was == "boxes": return _boxes(after, confidence)
-    if was == "training": return _training(before, after, confidence, spread(records, _train))
-    if was == "gap": return _gap(before, after, confidence, spread(records, _gap_of))
+    if was == "training": return _training(before, after, confidence, _known(spread(records, _train)))
+    if was == "gap": return _gap(before, after, confidence, _known(spread(records, _gap_of)))
     if was == "all": was = now = _common(before + after)
     (s, df), (t, more) = seed_spread(records, was), seed_spread(records, now)
     return paired(before, after, was, now, confidence, (math.sqrt((s**2 + t**2)/2), min(df, more)))
@@ -341,17 +343,20 @@ def summary(records:list, # as for `ledger`
         lines.append(f"- **{c.id}**, the article: {c.statement}. We found, in points: {effects}. **{verdict(found).capitalize()}**.")
     return "\n".join(lines)
 
-def summary_table(records:list, # as for `ledger`
-                 ) -> pd.DataFrame: # a row a claim: id, statement, effects in points (or what is not on record), verdict
+def summary_table(records:list, # as for `ledger`, or at several scales, which have columns of their own
+                 ) -> pd.DataFrame: # a row a claim: id, statement; effects in points (or what is not on record) and verdict, by scale
     "The ledger in short."
-    rows = []
-    for c in CLAIMS.values():
-        shown, found = missing(c, records), []
-        if not shown:
-            found = differences(c, records); effects = [f"{f.value:+.1f}" for f in found]
-            shown = ", ".join(effects) if len(effects) <= 6 else f"{len(effects)} comparisons, {min(effects, key=float)} to {max(effects, key=float)}"
-        rows.append({"claim": c.id, "the article": c.statement, "we found (points)": shown, "verdict": verdict(found)})
-    return pd.DataFrame(rows, columns=["claim", "the article", "we found (points)", "verdict"])
+    rows, scales = {c.id: {"claim": c.id, "the article": c.statement} for c in CLAIMS.values()}, list(dict.fromkeys(r["scale"] for r in records))
+    for scale in scales:
+        some, where = [r for r in records if r["scale"] == scale], f", {scale}" if len(scales) > 1 else ""
+        for c in CLAIMS.values():
+            lacks = missing(c, some); found = [] if lacks else differences(c, some)
+            rows[c.id] |= {f"we found (points){where}": _effects(found) or (lacks if len(scales) == 1 else "not on record"), f"verdict{where}": verdict(found) if found or len(scales) == 1 else ""}
+    return pd.DataFrame(rows.values())
+
+def _effects(found):
+    effects = [f"{f.value:+.1f}" for f in found]
+    return ", ".join(effects) if len(effects) <= 6 else f"{len(effects)} comparisons, {min(effects, key=float)} to {max(effects, key=float)}"
 
 # %% ../nbs/21_claims.ipynb #2e3d20d0
 def deciding(found:list, # differences of one claim

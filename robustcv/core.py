@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SIZES', 'SCALES', 'SCHEMA', 'RECORD_FIELDS', 'COLORS', 'choose', 'derive_seed',
-           'generator', 'seed_everything', 'pick_device', 'device_name', 'out_of_memory', 'normalized', 'per_channel',
-           'capturable', 'Scale', 'disk_errors', 'atomic_path', 'run_id', 'describe', 'git_commit', 'library_versions',
-           'make_record', 'check_record', 'append_record', 'load_records', 'set_style', 'model_colors']
+           'generator', 'seed_everything', 'pick_device', 'device_name', 'out_of_memory', 'keep_freed_memory',
+           'capturable', 'normalized', 'per_channel', 'Scale', 'disk_errors', 'atomic_path', 'run_id', 'describe',
+           'git_commit', 'library_versions', 'make_record', 'check_record', 'append_record', 'load_records',
+           'set_style', 'model_colors']
 
 # %% ../nbs/00_core.ipynb #e5bf156a
-import difflib, errno, glob, hashlib, json, os, platform, random, subprocess, time, warnings
+import ctypes, difflib, errno, glob, hashlib, json, os, platform, random, subprocess, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -76,6 +77,22 @@ def out_of_memory(error:BaseException) -> bool:
     "Whether an error says that a device, or the machine, has no memory left."
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
+# %% ../nbs/00_core.ipynb #302a7079
+def keep_freed_memory(most:int=2**30): # bytes
+    "Have glibc's `malloc` keep freed memory for blocks up to 32 MB, its limit for doing so; importing this library calls it."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return # not glibc
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    mallopt(M_MMAP_THRESHOLD, 2**25); mallopt(M_TRIM_THRESHOLD, most)
+
+keep_freed_memory()
+
+# %% ../nbs/00_core.ipynb #8413c353
+def capturable(objective): # objective(model, batch, backward) -> loss
+    "Mark an objective as one that may be recorded as a CUDA graph: it draws from the device's global generator alone, reads no number from the device, and keeps nothing from step to step."
+    objective.capturable = True
+    return objective
+
 # %% ../nbs/00_core.ipynb #2f8a3aa6
 IMAGENET_MEAN = (0.485, 0.456, 0.406) # per-channel mean of ImageNet's training pixels, in [0,1]
 IMAGENET_STD = (0.229, 0.224, 0.225)  # and their standard deviation
@@ -95,12 +112,6 @@ def per_channel(value, # a number, or one a channel: a tensor or a sequence
 @lru_cache(maxsize=64)
 def _placed(values, device, dtype):
     with torch.inference_mode(False): return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
-
-# %% ../nbs/00_core.ipynb #8413c353
-def capturable(objective): # objective(model, batch, backward) -> loss
-    "Mark an objective as one that may be recorded as a CUDA graph: it draws from the device's global generator alone, reads no number from the device, and keeps nothing from step to step."
-    objective.capturable = True
-    return objective
 
 # %% ../nbs/00_core.ipynb #e52446e4
 @dataclass(frozen=True)

@@ -92,13 +92,13 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     if not len(images): raise ValueError(f"images: {images.name} is empty")
     device = pick_device(device)
     batch_size = batch_size or _usual(device)
-    model, batches, name = model.to(device), Batches(images, batch_size, device=device), "the model"
-    first = next(iter(batches))
+    served = cache(lambda n, size: Batches(spread_over(images, n), size, device=device))
+    model, first, name = model.to(device), next(iter(served(len(images), batch_size))), "the model"
     with torch.random.fork_rng([device] if device.type == "cuda" else []): outputs = check_trust(model, first.images[:8], first.labels[:8])
     if outputs < len(images.classes): raise ValueError(f"model: has {outputs} outputs, {images.name} has {len(images.classes)} classes")
     _check_origin(model, images)
     model.to(memory_format=torch.channels_last)
-    served, folded = cache(lambda n, size: Batches(spread_over(images, n), size, device=device)), cache(lambda: fold_batchnorm(model))
+    folded = cache(lambda: fold_batchnorm(model))
     def row(p, size): return _measure({name: model}, {name: [name]}, served(p.most or len(images), size), p, precision, seed, folded() if p.fp32 else model)[name]
     with evaluating(model): table = pd.DataFrame(_halving(row, perturbations, batch_size), columns=COLUMNS)
     check_results(table, len(images.classes))

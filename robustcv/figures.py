@@ -286,7 +286,7 @@ def _figures(records):
         standard = {p.name for p in standard_perturbations()}
         yield "perturbations", plot_bars({n: (t := pool(rs))[t.perturbation.isin(standard)] for n, rs in runs.items()}).figure
     else: yield "runs", plot_runs(records).figure
-    if r["section"] == "color_jitter": yield "fields", plot_fields(records)[0].figure
+    if r["section"] == "color_jitter" and {"contrast", "brightness", "saturation", "hue"} <= {n.split()[0] for n in runs}: yield "fields", plot_fields(records)[0].figure
     if r["section"] == "random_erase" and {"baseline", "E"} <= set(runs): yield "occlusion", plot_occlusion(records)
     if r["section"] in ATTACKED: yield "attacks", plot_attacks(records)
     if r["metrics"]["history"] and "pgd_accuracy" in r["metrics"]["history"][0]: yield "watched", plot_watched(records).figure

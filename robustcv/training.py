@@ -187,7 +187,7 @@ def _epoch(run, epoch, check_every=50):
                                      f"or use precision='fp32'; {kept}")
     if run.parallel is not run.model:
         for b in run.model.buffers(): dist.broadcast(b, 0) # statistics of batch normalisation are the first process's
-    if not all(p.isfinite().all() for p in run.model.parameters()):
+    if not torch.stack([p.isfinite().all() for p in run.model.parameters()]).all():
         raise FloatingPointError(f"the weights are not finite after epoch {epoch + 1}: lower the learning rate (lr={run.config.lr}) or use precision='fp32'")
     seconds = time.perf_counter() - start
     return {"loss": loss/i, "seconds": round(seconds, 2), "images_per_second": round(i*run.config.batch_size/seconds, 1)}

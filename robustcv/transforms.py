@@ -100,9 +100,6 @@ def in_chunks(f, # maps images (b,3,H,W) and boxes (b,4) or None to images (b,3,
         out[i:i+chunk] = part; moved.append(b)
     return out, None if moved[0] is None else torch.cat(moved)
 
-# %% ../nbs/02_transforms.ipynb #4e531381
-torch.empty(2**25 - 2**13, dtype=torch.uint8, device="cpu") # freed at once: from now on, malloc keeps blocks up to this size
-
 # %% ../nbs/02_transforms.ipynb #300bece2
 class RandomHorizontalFlip(Transform):
     "Mirror left and right with probability `p`."

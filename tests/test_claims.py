@@ -134,7 +134,7 @@ def test_two_seeds_of_one_run_are_not_enough_to_tell_the_spread_of_a_perturbatio
     sd, df = spread(records)
     assert df == 7 and seed_spread(records) == (sd, 7) and sd == pytest.approx(math.sqrt(3*8/7)*10)
     assert seed_spread(records, ("noise", .1)) == (pytest.approx(math.sqrt((sd**2*7 + 50)/8)), 7), "pooled with what is known better"
-    assert seed_spread(records[-2:]) == (pytest.approx(5.), 1) and seed_spread(records[-1:]) == (0., 0)
+    assert spread(records[-2:], lambda r: r["metrics"]["evaluation"][1]["correct"]*10.)[1] == 1 and seed_spread(records[-2:]) == seed_spread(records[-1:]) == (0., 0), "a pair of seeds is none"
 
 def test_a_mean_spreads_like_the_mean_of_what_the_repeated_runs_were_measured_under():
     opposite = lambda s: {("noise", .1): np.arange(10) < 4 + s, ("blur", 1.): np.arange(10) < 6 - s}
@@ -233,13 +233,23 @@ def test_nothing_is_missing_of_what_is_on_record():
     assert missing(claim(("a", "b", MORE), ("a", "c", LESS, "training", "training"), ("a", "b", MORE, "all", "all")), RECORDS) == ""
     assert missing(CLAIMS["C12"], RECORDS) == "not on record: baseline; data; objective: `robustcv run adversarial_training --only 'baseline' --only 'data' --only 'objective' --scale lite`"
 
-@pytest.mark.parametrize("other, said", [(made("c", hits(.5), scale="full"), "records of 2 settings cannot share a statistic"),
+@pytest.mark.parametrize("other, said", [({**made("c", hits(.5)), "data": dict(name="other", fingerprint="g", valid=N, train=N)}, "records of 2 settings cannot share a statistic"),
                                          ({**made("a", hits(.5)), "id": "again"}, "is on record with several settings")])
 def test_records_that_do_not_belong_together_are_refused(other, said, monkeypatch):
     monkeypatch.setattr(claims, "CLAIMS", {"X": claim(("a", "b", MORE))})
     for f in (lambda r: differences(CLAIMS["C1"], r), lambda r: missing(CLAIMS["C1"], r), ledger, lambda r: summary(r, ["X"]), summary_table, plot_claims):
         with pytest.raises(ValueError, match=said): f([*RECORDS, other])
 
+
+def test_two_scales_share_no_statistic_and_stand_side_by_side(monkeypatch):
+    monkeypatch.setattr(claims, "CLAIMS", {"X": claim(("a", "b", MORE)), "Y": claim(("a", "c", MORE), id="Y")})
+    whole = [made(n, hits(p), scale="full") for n, p in (("a", .8), ("b", .4))]
+    for f in (ledger, lambda r: summary(r, ["X"]), plot_claims):
+        with pytest.raises(ValueError, match="records of 2 settings cannot share a statistic"): f([*RECORDS, *whole])
+    both, (one, other) = summary_table([*RECORDS, *whole]), (summary_table(rs) for rs in (RECORDS, whole))
+    assert list(both) == ["claim", "the article", "we found (points), lite", "verdict, lite", "we found (points), full", "verdict, full"]
+    assert both["we found (points), lite"].tolist() == one["we found (points)"].tolist() and both["verdict, full"].tolist() == ["contradicted", ""]
+    assert both["we found (points), full"].tolist() == [other["we found (points)"][0], "not on record"] and other["we found (points)"][1].startswith("not on record: c: `robustcv run")
 
 # ledger, summary, picture
 
@@ -388,7 +398,7 @@ def test_several_perturbations_count_with_their_mean():
     assert paired([a], [b], TRADE_OFF, TRADE_OFF) == pytest.approx((change.mean(), change.mean() - half, change.mean() + half))
     again = [made("a", hits(.6, 3), 1, under={noise: hits(.3, 4)}), a]
     sd, df = spread(again, lambda r: np.mean([100*e["correct"]/N for e in r["metrics"]["evaluation"]]))
-    assert df == 1 and seed_spread(again, TRADE_OFF, enough=1) == (pytest.approx(sd), 1)
+    assert df == 1 and seed_spread(again, TRADE_OFF, enough=1) == (pytest.approx(sd), 1) and seed_spread(again, TRADE_OFF) == (0., 0)
 
 # the gap, boxes, and all perturbations
 
