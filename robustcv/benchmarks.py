@@ -158,7 +158,9 @@ def _pil(files):
 def _pil_processes(files, n=2):
     import multiprocessing
     step = -(-len(files)//(8*n))
-    with multiprocessing.get_context("fork").Pool(n) as pool: pool.map(_pil, [files[i:i+step] for i in range(0, len(files), step)])
+    with multiprocessing.get_context("fork").Pool(n) as pool:
+        pool.map(_pil, [files[i:i+step] for i in range(0, len(files), step)])
+        pool.close(); pool.join() # rather than be terminated, which a command would answer with a message
 
 def decode(data, rounds=3, most=20_000):
     "Decoding a folder for the first time, with two processes, and opening the result."

@@ -73,7 +73,7 @@ def _recipe(record):
     run = record["config"].get("run", {}) if "config" in record else {}
     if len(run.get("members", ())) == 1: return ""
     what = {k: v for k, v in run.items() if v and k not in ("section", "name", "sources", "watch")}
-    training = {k: v for k, v in record.get("config", {}).get("training", {}).items() if v not in (None, False)} # as `run_id` has it: off is as good as not there
+    training = {k: v for k, v in record.get("config", {}).get("training", {}).items() if v is not None and v is not False} # as `run_id` has it: off is as good as not there
     return json.dumps([what or [record["section"], record["name"]], training], sort_keys=True)
 
 # %% ../nbs/21_claims.ipynb #adc93ede

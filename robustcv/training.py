@@ -182,7 +182,7 @@ def _epoch(run, epoch, check_every=50):
         for _ in range(replays): total = total + _step(run, batch)/replays
         run.bar.update(run.config.batch_size)
         if (i % check_every == 0 or i == len(run.batches)) and not math.isfinite(loss := float(run.reduce(total, "mean"))):
-            kept = f"the checkpoint in {run.checkpoint.folder} is from before" if run.checkpoint.folder and epoch else "nothing was saved"
+            kept = f"the checkpoint in {run.checkpoint.folder} is from before" if run.checkpoint.folder and (run.checkpoint.folder/"state.pt").is_file() else "nothing was saved"
             raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {i}: lower the learning rate (lr={run.config.lr}) "
                                      f"or use precision='fp32'; {kept}")
     if run.parallel is not run.model:
@@ -294,7 +294,7 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
         train:ImageSet, # images to learn from
         valid:ImageSet, # images to measure on after every epoch
         objective=cross_entropy, # objective(model, batch, backward) -> loss
-        transform=None, # transform(images, generator) -> images; None: images as they are
+        transform=None, # transform(images, generator) -> images, with a generator on their device; None: images as they are
         config:Training=Training(), # how long and how fast
         seed:int=0, # of order, transforms and whatever else is random in training
         device=None, # where to train; None: the best device there is
