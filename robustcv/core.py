@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SIZES', 'SCALES', 'SCHEMA', 'RECORD_FIELDS', 'COLORS', 'choose', 'derive_seed',
            'generator', 'seed_everything', 'pick_device', 'device_name', 'out_of_memory', 'keep_freed_memory',
-           'capturable', 'normalized', 'per_channel', 'Scale', 'disk_errors', 'atomic_path', 'run_id', 'describe',
-           'git_commit', 'library_versions', 'make_record', 'check_record', 'append_record', 'load_records',
+           'capturable', 'normalized', 'per_channel', 'Scale', 'disk_errors', 'atomic_path', 'alone_with', 'run_id',
+           'describe', 'git_commit', 'library_versions', 'make_record', 'check_record', 'append_record', 'load_records',
            'set_style', 'model_colors']
 
 # %% ../nbs/00_core.ipynb #e5bf156a
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #13d94a2e
@@ -173,6 +174,20 @@ def _sweep(path):
         try: os.kill(int(part.name.rsplit("-", 2)[1]), 0)
         except ProcessLookupError: part.unlink(missing_ok=True)
         except (OSError, ValueError): pass # somebody else's, who is alive
+
+# %% ../nbs/00_core.ipynb #fac78555
+@contextmanager
+def alone_with(path, # of the file that is locked
+               wait:bool=True, # until another process is done with it, or dead
+              ): # yields whether this process, or the group that was launched with it, is the one
+    "Keep processes that were started one by one from doing the same work twice."
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: yield True; return # those that were launched together do the same
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock", timeout=-1 if wait else 0)
+    try: lock.acquire()
+    except Timeout: yield False; return
+    try: yield True
+    finally: lock.release()
 
 # %% ../nbs/00_core.ipynb #5c5b484c
 SCHEMA = 1 # version of the record's fields

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import (SCALES, Scale, append_record, atomic_path, choose, derive_seed, describe, load_records, make_record,
+from .core import (SCALES, Scale, alone_with, append_record, atomic_path, choose, derive_seed, describe, load_records, make_record,
                            run_id, seed_everything)
 from .cache import cache_folder
 from .data import ImageSet, load_data, subset
@@ -101,13 +101,17 @@ def network(run:Run, seed:int, at:Setting) -> tuple: # `Classifier` in evaluatio
     if run.members: return Ensemble({" / ".join(m): _network_of(*m, seed, at) for m in run.members}), pd.DataFrame()
     where = _home(run, at.scale, seed, at.about, at.folder)
     if not _is_trained(where):
-        model, history = _train(run, seed, at, where)
-        if main_process():
-            save_model(model, where/"model.safetensors")
-            with atomic_path(where/"history.json") as part: part.write_text(json.dumps(history.to_dict("records")))
-            (where/"state.pt").unlink(missing_ok=True) # nothing to resume
-        wait_for_all()
+        with alone_with(where.parent/".locks"/where.name):
+            if not _is_trained(where): _train_and_keep(run, seed, at, where)
     return load_model(where/"model.safetensors"), pd.DataFrame(json.loads((where/"history.json").read_text()))
+
+def _train_and_keep(run, seed, at, where):
+    model, history = _train(run, seed, at, where)
+    if main_process():
+        save_model(model, where/"model.safetensors")
+        with atomic_path(where/"history.json") as part: part.write_text(json.dumps(history.to_dict("records")))
+        (where/"state.pt").unlink(missing_ok=True) # nothing to resume
+    wait_for_all()
 
 def _train(run, seed, at, where):
     begin = _network_of(*run.start, seed, at) if run.start else None
@@ -310,23 +314,29 @@ def run_sections(sections:list, # names of sections
     wait_for_all() # before the first of them writes a record
     if at.train.boxes is None and any(j.run.boxes for j in jobs):
         say(f"{at.train.name} has no boxes: runs that learn them are left out"); jobs = [j for j in jobs if not j.run.boxes]
-    for i, job in enumerate(jobs, 1):
-        run, seed, label = job.run, job.seed, f"[{i}/{len(jobs)}] {job.run.section} / {job.run.name}, seed {job.seed}, scale {scale.name}"
-        if job.status == "on record": say(f"{label}: on record"); continue
-        start = time.perf_counter()
-        together = run.members and run.section not in ATTACKED # all ensembles of a seed; one that is attacked has to be there by itself
-        if together and seed not in pooled:
-            some = [j.run for j in jobs if j.run.members and j.run.section == run.section and j.seed == seed and j.status != "on record"]
-            pooled[seed] = measure_members(some, seed, at), (time.perf_counter() - start)/len(some)
-        metrics = pooled[seed][0][run.name] if together else train_run(run, seed, at)
-        spent.append(pooled[seed][1] if together else time.perf_counter() - start)
-        if main_process(): append_record(Path(results)/f"{run.section}.jsonl", make_record(run.section, run.name, scale.name, job.config, seed, at.about, device, spent[-1], metrics))
-        say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {spent[-1]:.0f} s{_left(jobs[i:], spent)}")
+    left = {f"[{i}/{len(jobs)}] {j.run.section} / {j.run.name}, seed {j.seed}, scale {scale.name}": j for i, j in enumerate(jobs, 1)}
+    for wait in (False, True): # first what no other process is at, then what others have left undone
+        for label, job in list(left.items()):
+            run, seed, together = job.run, job.seed, job.run.members and job.run.section not in ATTACKED # all ensembles of a seed; one that is attacked has to be there by itself
+            with alone_with(Path(results)/".locks"/(f"{scale.name}-{run.section}-{seed}" if together else job.id), wait) as mine:
+                if not mine: say(f"{label}: another process is at it"); continue
+                del left[label]
+                if _on_record(job, results): say(f"{label}: on record"); continue
+                start = time.perf_counter()
+                if together and seed not in pooled:
+                    some = [j.run for j in (job, *left.values()) if j.run.members and j.run.section == run.section and j.seed == seed and not _on_record(j, results)]
+                    pooled[seed] = measure_members(some, seed, at), (time.perf_counter() - start)/len(some)
+                metrics = pooled[seed][0][run.name] if together else train_run(run, seed, at)
+                spent.append(pooled[seed][1] if together else time.perf_counter() - start)
+                if main_process(): append_record(Path(results)/f"{run.section}.jsonl", make_record(run.section, run.name, scale.name, job.config, seed, at.about, device, spent[-1], metrics))
+                say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {spent[-1]:.0f} s{_left(left.values(), spent)}")
     wait_for_all()
     wanted = {j.id for j in jobs}
     return [r for s in dict.fromkeys(j.run.section for j in jobs) for r in load_records(Path(results)/f"{s}.jsonl") if r["id"] in wanted]
 
 # %% ../nbs/20_experiments.ipynb #a8a55199
+def _on_record(job, results): return job.status == "on record" or job.id in {r["id"] for r in load_records(Path(results)/f"{job.run.section}.jsonl")}
+
 def run_section(section:str, *args, **kwargs) -> list: # of records
     "`run_sections` for one section."
     return run_sections([section], *args, **kwargs)

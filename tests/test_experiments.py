@@ -2,6 +2,8 @@
 import base64
 import json
 import math
+import multiprocessing
+import os
 import shutil
 from dataclasses import replace
 
@@ -9,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from scipy.stats import norm
 
 from robustcv import experiments
@@ -300,7 +303,7 @@ def go(tiny, tmp_path, monkeypatch):
         return run_section("tiny", "smoke", say=say, **{**where, **kwargs})
     return start
 
-def model_files(tmp_path): return sorted(f.name for f in (tmp_path/"runs").rglob("*") if f.is_file())
+def model_files(tmp_path): return sorted(f.name for f in (tmp_path/"runs").rglob("*") if f.is_file() and f.suffix != ".lock")
 
 def test_a_run_is_recorded_once_and_then_skipped(go, tmp_path, tiny):
     said = []
@@ -318,6 +321,36 @@ def test_a_run_is_recorded_once_and_then_skipped(go, tmp_path, tiny):
     names = [p.name for p in draw_figures([record], tmp_path/"figures", scale_data(SCALES["smoke"], tiny)[1])]
     assert names == [f"tiny-smoke-{n}.png" for n in ("curves", "perturbations", "examples")]
     assert all((tmp_path/"figures"/n).stat().st_size > 1000 for n in names)
+
+# several processes with the same folders
+
+TWO = [Run("tiny", "first", MODEL, objective=counted), Run("tiny", "second", MODEL, transform=RandomHorizontalFlip(), objective=counted)]
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_another_process_is_at_is_left_to_it_and_done_if_it_dies(go, tmp_path, finished):
+    first, _ = go(*TWO, results=tmp_path/"other", folder=tmp_path/"other runs"); calls.clear()
+    lock, said = FileLock(tmp_path/"results"/".locks"/f"{first['id']}.lock"), []
+    (tmp_path/"results"/".locks").mkdir(parents=True); lock.acquire()
+    def say(line):
+        said.append(line)
+        if "second" not in line: return
+        if finished: append_record(tmp_path/"results"/"tiny.jsonl", first)
+        lock.release()
+    records = go(*TWO, say=say)
+    assert said[0].startswith("[1/2]") and said[0].endswith("another process is at it") and said[1].startswith("[2/2]") and "validation" in said[1]
+    assert said[2].startswith("[1/2]") and (said[2].endswith("on record") if finished else "validation" in said[2]) and len(said) == 3
+    assert len(calls) == (6 if finished else 12) and {r["name"] for r in records} == {"first", "second"}
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_processes_started_one_by_one_do_nothing_twice(go, tmp_path):
+    context = multiprocessing.get_context("fork"); out = context.Queue()
+    def work(): ids = [r["id"] for r in go(*TWO)]; out.put((len(calls), ids))
+    crowd = [context.Process(target=work) for _ in range(3)]
+    for p in crowd: p.start()
+    found = [out.get(timeout=120) for _ in crowd]
+    for p in crowd: p.join(60)
+    assert sum(n for n, _ in found) == 12 and len({tuple(sorted(ids)) for _, ids in found}) == 1
+    assert (tmp_path/"results"/"tiny.jsonl").read_text().count("\n") == 2
 
 def test_an_interrupted_run_is_continued(go, tmp_path):
     fail_at.append(5) # in the second of two epochs

@@ -18,7 +18,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SECTIONS = {*LAYERS[4], *LAYERS[5]}
 MODULES = sorted(f.stem for f in HERE.glob("*.py") if f.stem not in ("__init__", "_modidx"))
 PACKAGES = {"torch", "torchvision", "numpy", "pandas", "scipy", "matplotlib", "seaborn", "tqdm", "accelerate", "safetensors",
-            "typer", "PIL"}
+            "typer", "PIL", "filelock"}
 OPTIONAL = {"nbclient", "nbconvert", "nbformat", "timm", "kornia", "albumentations", "cv2", "torchattacks", "foolbox", "art"} # used where they happen to be installed
 
 def imports(name):
