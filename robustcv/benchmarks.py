@@ -36,7 +36,8 @@ from .scaling import epoch_of, random_images, scaling
 from .stability import divergence, stability_loss
 from .symmetry import RandomSymmetry
 from .synthetic import make_synthetic
-from .training import Training, _cache, autocast, cross_entropy, fit
+from .features import _cache
+from .training import Training, autocast, cross_entropy, fit
 from .transforms import (Compose, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip, RandomRotation,
                                  RandomVerticalFlip)
 
@@ -206,6 +207,7 @@ def _fitted(objective, steps, batch, stem="imagenet"):
     epoch = epoch_of(build_model("resnet18", 200, stem=stem), images, images, batch, objective)
     return (images.images[:batch]/255).to(device), images.labels[:batch].to(device), epoch
 
+# %% ../nbs/30_benchmarks.ipynb #18d4eda3
 def _steps(few): return few*(10 if pick_device().type == "cuda" else 1) # steps between two looks at the clock
 
 def train_step(data, rounds=11, steps=4, batch=128):

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from scipy.stats import norm, t as student
 
-from .core import generator
+from .core import essence, generator
 from .perturbations import ADAPTIVE, ORBIT
 from .evaluation import compare, unpack, wilson
 from .tables import accuracies, by_name, filters, mean_and_half, one_setting
@@ -73,8 +73,7 @@ def _recipe(record):
     run = record["config"].get("run", {}) if "config" in record else {}
     if len(run.get("members", ())) == 1: return ""
     what = {k: v for k, v in run.items() if v and k not in ("section", "name", "sources", "watch")}
-    training = {k: v for k, v in record.get("config", {}).get("training", {}).items() if v is not None and v is not False} # as `run_id` has it: off is as good as not there
-    return json.dumps([what or [record["section"], record["name"]], training], sort_keys=True)
+    return json.dumps([what or [record["section"], record["name"]], essence(record.get("config", {}).get("training"))], sort_keys=True)
 
 # %% ../nbs/21_claims.ipynb #adc93ede
 def spread(records:list, # of any runs

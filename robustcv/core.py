@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SIZES', 'SCALES', 'SCHEMA', 'RECORD_FIELDS', 'COLORS', 'choose', 'derive_seed',
            'generator', 'seed_everything', 'pick_device', 'device_name', 'out_of_memory', 'keep_freed_memory',
-           'capturable', 'normalized', 'per_channel', 'Scale', 'disk_errors', 'atomic_path', 'alone_with', 'run_id',
-           'describe', 'git_commit', 'library_versions', 'make_record', 'check_record', 'append_record', 'load_records',
-           'set_style', 'model_colors']
+           'capturable', 'normalized', 'per_channel', 'Scale', 'disk_errors', 'atomic_path', 'alone_with', 'essence',
+           'run_id', 'describe', 'git_commit', 'library_versions', 'make_record', 'check_record', 'append_record',
+           'load_records', 'set_style', 'model_colors']
 
 # %% ../nbs/00_core.ipynb #e5bf156a
 import ctypes, difflib, errno, glob, hashlib, json, os, platform, random, subprocess, time, warnings
@@ -194,6 +194,11 @@ SCHEMA = 1 # version of the record's fields
 RECORD_FIELDS = dict(schema=int, id=str, section=str, name=str, scale=str, config=dict, seed=int, data=dict, commit=str,
                      versions=dict, device=str, seconds=(int, float), time=str, metrics=dict)
 
+def essence(config): # of plain values
+    "A configuration without settings that are off (None, False, empty): they do not tell runs apart, so that new ones can be added."
+    off = lambda v: v is None or v is False or v == {} or v == []
+    return {k: e for k, v in config.items() if not off(e := essence(v))} if isinstance(config, dict) else config
+
 def run_id(section:str, # section of the library, e.g. "baseline"
            name:str, # name of the run within its section
            scale:str, # name of the scale
@@ -201,9 +206,7 @@ def run_id(section:str, # section of the library, e.g. "baseline"
            seed:int, # the run's seed
            data:dict, # at least `fingerprint`
           ) -> str: # 16 hex digits
-    "Identify a run by what was run, not by when or where; settings that are off (None, False, empty) do not count, so that new ones can be added."
-    off = lambda v: v is None or v is False or v == {} or v == []
-    essence = lambda c: {k: e for k, v in c.items() if not off(e := essence(v))} if isinstance(c, dict) else c
+    "Identify a run by what was run, not by when or where."
     what = json.dumps([section, name, scale, essence(config), seed, data["fingerprint"]], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
 

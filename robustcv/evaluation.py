@@ -26,7 +26,7 @@ from .multi_task import box_iou, linear_probe, predict_boxes
 from .perturbations import ORBIT, Perturbation, standard_perturbations
 from .stability import certify
 from .symmetry import symmetrize
-from .training import autocast
+from .training import at_a_time, autocast
 
 # %% ../nbs/05_evaluation.ipynb #caf4a779
 class TrustWarning(UserWarning):
@@ -82,7 +82,7 @@ COLUMNS = ["perturbation", "strength", "unit", "correct", "n", "accuracy", "low"
 def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
              images:ImageSet, # what to measure it on
              perturbations=None, # list of `Perturbation`; None: the standard ones
-             batch_size:int|None=None, # images at a time; None: 256, on a GPU 1,024
+             batch_size:int|None=None, # images at a time; None: see `at_a_time`
              precision:str="auto", # of the forward pass: "bf16", "fp32", or "auto": bf16 where the device is fast at it
              seed:int=0, # of whatever is random in the perturbations
              device=None, # None: the best device there is
@@ -91,7 +91,7 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     perturbations = standard_perturbations() if perturbations is None else list(perturbations)
     if not len(images): raise ValueError(f"images: {images.name} is empty")
     device = pick_device(device)
-    batch_size = batch_size or _usual(device)
+    batch_size = batch_size or at_a_time(device)
     served = cache(lambda n, size: Batches(spread_over(images, n), size, device=device))
     model, first, name = model.to(device), next(iter(served(len(images), batch_size))), "the model"
     with torch.random.fork_rng([device] if device.type == "cuda" else []): outputs = check_trust(model, first.images[:8], first.labels[:8])
@@ -105,8 +105,6 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     return table
 
 # %% ../nbs/05_evaluation.ipynb #5be26d35
-def _usual(device): return 1024 if device.type == "cuda" else 256 # images at a time
-
 def _halving(row, perturbations, size):
     "`row(perturbation, size)` of each, with half the size from where memory runs out."
     rows = []
@@ -163,7 +161,7 @@ def evaluate_together(members:dict, # name to model
                      ) -> dict: # name of a group to its evaluation, as `evaluate` gives it
     "`evaluate` for several ensembles of the same models at once."
     device = pick_device(device)
-    batches = Batches(images, batch_size or _usual(device), device=device)
+    batches = Batches(images, batch_size or at_a_time(device), device=device)
     with evaluating(*[m.to(device, memory_format=torch.channels_last) for m in members.values()]):
         for n, m in members.items():
             with torch.no_grad(): outputs = m(batches.gather(torch.zeros(1, dtype=torch.long, device=device)).images).shape[1]

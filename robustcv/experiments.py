@@ -25,12 +25,13 @@ from .ensemble import Ensemble, disagreement, expected_calibration_error, fit_te
 from .perturbations import (affine_perturbations, attack_perturbations, color_perturbations, erase_perturbations, stability_perturbations,
                                     standard_perturbations, symmetry_perturbations)
 from .evaluation import evaluate, evaluate_together, measure_boxes, measure_certificates, measure_orbit, measure_probe, pack, spread_over
+from .features import fit_from
 from .fgsm import Transferred
 from .grids import KEPT, SECTIONS, Run, find_run
 from .models import build_model, first_conv, load_model, save_model
 from .multi_task import count_boxes, degrade_boxes
 from .synthetic import make_synthetic
-from .training import fit, fit_from, join_processes, main_process, wait_for_all
+from .training import fit, join_processes, main_process, wait_for_all
 
 # %% ../nbs/20_experiments.ipynb #9205fe49
 EXTRA = {"color_jitter": color_perturbations, "random_erase": erase_perturbations, "stability": stability_perturbations, "symmetry": symmetry_perturbations,
@@ -113,6 +114,7 @@ def _train_and_keep(run, seed, at, where):
         (where/"state.pt").unlink(missing_ok=True) # nothing to resume
     wait_for_all()
 
+# %% ../nbs/20_experiments.ipynb #9a1f5586
 def _train(run, seed, at, where):
     begin = _network_of(*run.start, seed, at) if run.start else None
     seed_everything(derive_seed(seed, "weights"))
@@ -294,6 +296,20 @@ def _left(jobs, spent):
     seconds = sum(mean if math.isnan(j.seconds) else j.seconds for j in jobs if j.status != "on record")
     return "" if not seconds or math.isnan(seconds) else f"; about {seconds/60:.0f} min left" if seconds < 5400 else f"; about {seconds/3600:.1f} h left"
 
+# %% ../nbs/20_experiments.ipynb #ced67418
+def _together(run): return run.members and run.section not in ATTACKED # all ensembles of a seed; one that is attacked has to be there by itself
+
+def _carried_out(job, others, at, pooled):
+    "The metrics of a job, and the seconds that it took; `pooled`: seed to what was measured of all ensembles at once."
+    start, run, seed = time.perf_counter(), job.run, job.seed
+    if not _together(run): return train_run(run, seed, at), time.perf_counter() - start
+    if seed not in pooled:
+        some = [run] + [j.run for j in others if _together(j.run) and j.run.section == run.section and j.seed == seed and j.status != "on record"]
+        pooled[seed] = measure_members(some, seed, at), (time.perf_counter() - start)/len(some)
+    return pooled[seed][0][run.name], pooled[seed][1]
+
+def _on_record(job, results): return job.status == "on record" or job.id in {r["id"] for r in load_records(Path(results)/f"{job.run.section}.jsonl")}
+
 # %% ../nbs/20_experiments.ipynb #d15a37e0
 def run_sections(sections:list, # names of sections
                  scale:str="demo", # one of `SCALES`
@@ -317,17 +333,13 @@ def run_sections(sections:list, # names of sections
     left = {f"[{i}/{len(jobs)}] {j.run.section} / {j.run.name}, seed {j.seed}, scale {scale.name}": j for i, j in enumerate(jobs, 1)}
     for wait in (False, True): # first what no other process is at, then what others have left undone
         for label, job in list(left.items()):
-            run, seed, together = job.run, job.seed, job.run.members and job.run.section not in ATTACKED # all ensembles of a seed; one that is attacked has to be there by itself
-            with alone_with(Path(results)/".locks"/(f"{scale.name}-{run.section}-{seed}" if together else job.id), wait) as mine:
+            run, seed = job.run, job.seed
+            with alone_with(Path(results)/".locks"/(f"{scale.name}-{run.section}-{seed}" if _together(run) else job.id), wait) as mine:
                 if not mine: say(f"{label}: another process is at it"); continue
                 del left[label]
                 if _on_record(job, results): say(f"{label}: on record"); continue
-                start = time.perf_counter()
-                if together and seed not in pooled:
-                    some = [j.run for j in (job, *left.values()) if j.run.members and j.run.section == run.section and j.seed == seed and not _on_record(j, results)]
-                    pooled[seed] = measure_members(some, seed, at), (time.perf_counter() - start)/len(some)
-                metrics = pooled[seed][0][run.name] if together else train_run(run, seed, at)
-                spent.append(pooled[seed][1] if together else time.perf_counter() - start)
+                metrics, seconds = _carried_out(job, left.values(), at, pooled)
+                spent.append(seconds)
                 if main_process(): append_record(Path(results)/f"{run.section}.jsonl", make_record(run.section, run.name, scale.name, job.config, seed, at.about, device, spent[-1], metrics))
                 say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {spent[-1]:.0f} s{_left(left.values(), spent)}")
     wait_for_all()
@@ -335,8 +347,6 @@ def run_sections(sections:list, # names of sections
     return [r for s in dict.fromkeys(j.run.section for j in jobs) for r in load_records(Path(results)/f"{s}.jsonl") if r["id"] in wanted]
 
 # %% ../nbs/20_experiments.ipynb #a8a55199
-def _on_record(job, results): return job.status == "on record" or job.id in {r["id"] for r in load_records(Path(results)/f"{job.run.section}.jsonl")}
-
 def run_section(section:str, *args, **kwargs) -> list: # of records
     "`run_sections` for one section."
     return run_sections([section], *args, **kwargs)

@@ -20,7 +20,8 @@ from robustcv.random_erase import GaussianDistortion, RandomErase
 from robustcv.recipe import mixed_loss
 from robustcv.stability import RandomNoise, stability_loss
 from robustcv.symmetry import RandomSymmetry
-from robustcv.training import Training, _Recorded, _step, _set_up, cross_entropy, fit, fit_from
+from robustcv.features import fit_from
+from robustcv.training import Training, _Recorded, _set_up, _step, cross_entropy, fit
 from robustcv.transforms import (
     Compose,
     Pad,

@@ -17,7 +17,8 @@ from robustcv.models import build_model
 from robustcv.symmetry import (ELEMENTS, RandomSymmetry, _by_element, _by_pixel, apply_symmetry, compose, inverse, orbit_features,
                                rotation_response, selectivity, split_at, symmetrize, turned)
 from robustcv.synthetic import make_synthetic
-from robustcv.training import Training, _Cached, accuracy, fit, fit_from
+from robustcv.features import _Cached, fit_from
+from robustcv.training import Training, accuracy, fit
 
 everything = pytest.mark.parametrize("element", range(8), ids=ELEMENTS)
 

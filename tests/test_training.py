@@ -5,6 +5,7 @@ import platform
 import random
 import resource
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch import nn
 
 from robustcv.data import Batch, Batches, ImageSet, take
 from robustcv.models import build_model, load_model, save_model
-from robustcv.training import Training, accuracy, autocast, cross_entropy, fit, plot_history
+from robustcv.adversarial_training import FreeAdversarial, WarmUp, adversarial_loss
+from robustcv.recipe import mixed_loss
+from robustcv.training import Training, _Run, accuracy, autocast, cross_entropy, fit, plot_history
 from robustcv.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 K, CONFIG = 3, Training(epochs=3, batch_size=8, lr=0.01, precision="fp32")
@@ -328,3 +331,18 @@ def test_steps_use_the_memory_of_the_steps_before():
     assert np.diff(pages).min() < 2_000, np.diff(pages)
 
 def images_like(data, n): return take(data, torch.arange(n))
+
+def test_an_objective_is_recorded_once_for_as_long_as_it_stays(monkeypatch):
+    "Which passes an epoch gets on a GPU; what recording does is tested there."
+    class Recorded:
+        def __init__(self, run, objective): self.objective = objective
+    monkeypatch.setattr("robustcv.training._Recorded", Recorded)
+    def passes(objective, epochs=4, config=CONFIG, parallel=None):
+        model = linear()
+        run = _Run(model, parallel or model, None, {}, objective, None, config, 0, SimpleNamespace(type="cuda"), *[None]*7)
+        return [run.choose_passes(n) or run.passes for n in range(epochs)]
+    clean, *rest = passes(WarmUp(adversarial_loss))
+    assert clean.objective is not adversarial_loss and clean is not rest[0] and rest[0].objective is adversarial_loss and all(p is rest[0] for p in rest)
+    assert passes(part := partial(adversarial_loss, alpha=.3))[0].objective is part, "a partial of one that is marked"
+    for unmarked in (mixed_loss, FreeAdversarial(), lambda *args: None): assert not isinstance(passes(unmarked)[0], Recorded)
+    assert not isinstance(passes(cross_entropy, config=replace(CONFIG, cuda_graph=False))[0], Recorded) and not isinstance(passes(cross_entropy, parallel=linear())[0], Recorded)
