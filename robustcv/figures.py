@@ -63,7 +63,7 @@ def plot_fields(records:list, # of the section `color_jitter`
         rows = sorted([(0., runs.get("baseline", []))] + [(float(n.split()[1]), rs) for n, rs in runs.items() if n.split()[0] == field_name])
         rows = [(v, pool(rs).iloc[0], np.mean([r["metrics"]["train_accuracy"] for r in rs])) for v, rs in rows if rs]
         ax.set(xlabel=f"{field_name} jitter", ylim=(0, 101))
-        if not any(strength for strength, *_ in rows): continue # not on record
+        if not any(strength for strength, *_ in rows): ax.set_axis_off(); continue # not on record
         v, t = [r[0] for r in rows], pd.DataFrame([r[1] for r in rows])
         ax.plot(v, t.accuracy, marker="o", markersize=4, color="C0", label="validation")
         ax.fill_between(v, t.low.astype(float), t.high.astype(float), color="C0", alpha=.2, lw=0)
