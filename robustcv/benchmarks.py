@@ -163,7 +163,7 @@ def _pil_processes(files, n=2):
         pool.map(_pil, [files[i:i+step] for i in range(0, len(files), step)])
         pool.close(); pool.join() # rather than be terminated, which a command would answer with a message
 
-def decode(data, rounds=3, most=20_000):
+def decode(data, rounds=5, most=20_000):
     "Decoding a folder for the first time, with two processes, and opening the result."
     root = _find_tiny(data)
     files, labels, boxes, meta = _scan_tiny(root, "train")

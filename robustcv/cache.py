@@ -24,7 +24,7 @@ _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: 
 
 def _read_image(path, size):
     "Decode one file of any format and mode to RGB (H,W,3); with `size`, resized and centre-cropped to a square. Also its hash."
-    with open(path, "rb") as f: content = f.read()
+    with open(path, "rb", buffering=0) as f: content = f.read() # whole, in one go
     try:
         with Image.open(io.BytesIO(content)) as im:
             if size and im.format == "JPEG": im.draft("RGB", (2*size, 2*size))
