@@ -48,7 +48,8 @@ def command(group, name=None):
         def guarded(*args, **kwargs):
             try: return f(*args, **kwargs)
             except KeyboardInterrupt as e:
-                print("\nstopped; run the same command again to continue", file=sys.stderr); raise typer.Exit(143 if isinstance(e, _Terminated) else 130) from None
+                print("\nstopped; run the same command again to continue", file=sys.stderr)
+                raise typer.Exit(143 if isinstance(e, _Terminated) else 130) from None
             except BrokenPipeError: # the reader, such as `head`, has seen enough
                 sys.stdout = open(os.devnull, "w"); raise typer.Exit(0) from None
             except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as e:
@@ -126,7 +127,8 @@ def evaluate_model(model:Path=typer.Argument(..., help="File written by `robustc
     net = load_model(model)
     valid = load_data(data, size or net.size or 64)[1]
     if net.classes is not None and net.classes != valid.classes:
-        raise ValueError(f"{model}: was trained on {len(net.classes)} classes ({', '.join(net.classes[:3])}, …); {data} has {len(valid.classes)} ({', '.join(valid.classes[:3])}, …)")
+        raise ValueError(f"{model}: was trained on {len(net.classes)} classes ({', '.join(net.classes[:3])}, …); "
+                         f"{data} has {len(valid.classes)} ({', '.join(valid.classes[:3])}, …)")
     result = evaluate(net, valid, precision=precision, device=device)
     other = _read_table(against, valid.fingerprint) if against else None
     _show(result[COLUMNS[:8]])
@@ -140,7 +142,8 @@ def evaluate_model(model:Path=typer.Argument(..., help="File written by `robustc
 def _read_table(path, fingerprint):
     "A table written by `robustcv evaluate --out`, of the same images."
     try: table = json.loads(path.read_text()); rows = unpack(table["evaluation"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError): raise ValueError(f"{path}: not a table written by `robustcv evaluate --out`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a table written by `robustcv evaluate --out`") from None
     if table["fingerprint"] != fingerprint: raise ValueError(f"{path}: was measured on other images; evaluate that model on these first")
     return rows
 
@@ -176,14 +179,15 @@ def _sum_up(jobs):
     "How much of a plan is left, in a line."
     left = [j for j in jobs if j.status != "on record"]
     hours, unknown = sum(j.seconds for j in left if j.seconds == j.seconds)/3600, sum(j.seconds != j.seconds for j in left)
-    return f"{len(jobs)} runs, {len(jobs) - len(left)} on record; the rest takes about {hours:.1f} h" + (f" and {unknown} runs of unknown length" if unknown else "")
+    return (f"{len(jobs)} runs, {len(jobs) - len(left)} on record; the rest takes about {hours:.1f} h"
+            + (f" and {unknown} runs of unknown length" if unknown else ""))
 
 # %% ../nbs/40_command_line.ipynb #d34da6f2
 @command(app)
 def demo(scale:str=typer.Option("demo", help=_SCALES_HELP),
          data:Path=typer.Option(None, help="Images; default: the synthetic set."),
          out:Path=typer.Option("demo", help="Folder for records, models, figures and the report.")):
-    "Every section in short: train, attack, perturb, measure, test the claims and draw, in a few minutes on a laptop.\n\nExample: `robustcv demo --data data/tiny-imagenet-200 --scale lite`"
+    "Every section in short: train, attack, perturb, measure, test claims, draw; minutes on a laptop.\n\nExample: `robustcv demo --data data/tiny-imagenet-200`"
     records = run_sections(list(DEMO), scale, data, results=out/"results", folder=out/"runs", names=DEMO)
     if not main_process(): return
     figures = [f for s in DEMO for f in draw_figures([r for r in records if r["section"] == s], out/"figures")] + draw_summary(records, out/"figures")
@@ -230,7 +234,8 @@ def _on_record(results, scale):
     if not records: raise ValueError(f"{results}: no records at scale '{scale}'; make some with `robustcv run`")
     own = [r for r in records if r["data"]["fingerprint"] == records[0]["data"]["fingerprint"]]
     if len(own) < len(records):
-        warnings.warn(f"{results}: of {len(records)} records at scale '{scale}', {len(records) - len(own)} are of other images than {own[0]['data']['name']} and are left out", stacklevel=2)
+        warnings.warn(f"{results}: of {len(records)} records at scale '{scale}', {len(records) - len(own)} are of other images than "
+                      f"{own[0]['data']['name']} and are left out", stacklevel=2)
     return own
 
 @command(app)
@@ -287,7 +292,8 @@ def record(id:str=typer.Argument(..., help="The beginning of a record's id, as t
            results:Path=typer.Option("results", help="Folder of the records.")):
     "Show one record: what was run, on what, where, and what was measured.\n\nExample: `robustcv record 717481`"
     found = [r for r in load_records(results) if r["id"].startswith(id)]
-    if len(found) != 1: raise ValueError(f"id={id}: {len(found)} records in {results} begin so; give {'more of the id' if found else 'an id from `robustcv claims --json`'}")
+    if len(found) != 1:
+        raise ValueError(f"id={id}: {len(found)} records in {results} begin so; give {'more of the id' if found else 'an id from `robustcv claims --json`'}")
     r, measured = found[0], found[0]["metrics"]
     print(json.dumps({k: v for k, v in r.items() if k != "metrics"}, indent=1, ensure_ascii=False))
     print(json.dumps({k: v for k, v in measured.items() if k not in ("history", "evaluation", "filters")}, ensure_ascii=False))

@@ -171,6 +171,7 @@ class WatchPGD:
             seen += len(y)
         now = 100*right/seen
         if now < self.best/2 and self.best - now > 5:
-            warnings.warn(f"accuracy under PGD fell to {now:.1f} %, after {self.best:.1f} % at its best: catastrophic overfitting, if it is trained on single steps", CollapseWarning, stacklevel=2)
+            warnings.warn(f"accuracy under PGD fell to {now:.1f} %, after {self.best:.1f} % at its best: "
+                          "catastrophic overfitting, if it is trained on single steps", CollapseWarning, stacklevel=2)
         self.best = max(self.best, now)
         return {"pgd_accuracy": now}

@@ -65,7 +65,8 @@ def line(measure:str, # what was measured
     ours, floor = rate.pop("ours"), rate.pop("floor", None)
     low, middle, high = np.percentile(seconds["ours"], (25, 50, 75))
     return dict(measure=measure, ours=round(ours, 1), unit="images/s", peers={k: round(v, 1) for k, v in rate.items()},
-                best_peer_ratio=round(ours/max(rate.values()), 3) if rate else None, floor=floor and round(floor, 1), floor_ratio=floor and round(ours/floor, 3),
+                best_peer_ratio=round(ours/max(rate.values()), 3) if rate else None,
+                floor=floor and round(floor, 1), floor_ratio=floor and round(ours/floor, 3),
                 spread=round((high - low)/middle/2, 3), n=len(seconds["ours"]), device=device_name(torch.device(device)))
 
 def _peer(package):
@@ -97,7 +98,8 @@ def transforms(data, rounds=9, served=2048):
     K = _peer("kornia.augmentation")
     for name, ours, kwargs, more in pairs:
         candidates = {"ours": ours, **({"kornia": getattr(K, name)(**kwargs)} if K else {}), "floor": torch.clone}
-        yield line(f"transforms/{name}{'/' + more['name'] if more else ''}", interleave({n: _serve(f, x, served) for n, f in candidates.items()}, rounds), served, x.device)
+        seconds = interleave({n: _serve(f, x, served) for n, f in candidates.items()}, rounds)
+        yield line(f"transforms/{name}{'/' + more['name'] if more else ''}", seconds, served, x.device)
 
 # %% ../nbs/30_benchmarks.ipynb #4e7e56fa
 class _Images(torch.utils.data.Dataset):
@@ -146,7 +148,8 @@ def batches(data, rounds=5):
     files = _image_folder(data, *_TO_FLOAT)
     loader = torch.utils.data.DataLoader(files, 128, shuffle=True, num_workers=2)
     ours, pixels, copies = Batches(train, 128, shuffle=True), train.images, max(1, 20_000//len(train)) # a small set is served several times, to be measurable
-    candidates = {"ours": lambda: [_drain(ours.epoch(i)) for i in range(copies)], "floor": lambda: [_drain(part/255 for part in pixels.split(128)) for _ in range(copies)],
+    candidates = {"ours": lambda: [_drain(ours.epoch(i)) for i in range(copies)],
+                  "floor": lambda: [_drain(part/255 for part in pixels.split(128)) for _ in range(copies)],
                   "torchvision ImageFolder, 2 workers": lambda: _drain(loader)}
     served = dict.fromkeys(candidates, len(train)*copies) | {"torchvision ImageFolder, 2 workers": len(files)}
     yield line("batches", interleave(candidates, rounds), served)
@@ -170,7 +173,8 @@ def decode(data, rounds=5, most=20_000):
     few = (files[:most], labels[:most], boxes[:most], meta)
     with tempfile.TemporaryDirectory() as d:
         path = Path(d)/"decoded.safetensors"
-        seconds = interleave({"ours": lambda: write_cache(path, few, None, 2), "Pillow, one process": lambda: _pil(few[0]), "floor": lambda: _pil_processes(few[0])}, rounds)
+        seconds = interleave({"ours": lambda: write_cache(path, few, None, 2), "Pillow, one process": lambda: _pil(few[0]),
+                              "floor": lambda: _pil_processes(few[0])}, rounds)
     yield line("decode", seconds, len(few[0]))
     opened = median(interleave({"ours": lambda: load_tiny_imagenet(root)}, 9)["ours"]) # the call that warms up decodes, if need be
     yield dict(measure="open", ours=round(opened, 5), unit=f"seconds to open {len(files):,} images", peers={}, best_peer_ratio=None, floor=None,
@@ -215,7 +219,8 @@ def train_step(data, rounds=11, steps=4, batch=128):
     steps = _steps(steps)
     for stem in ("imagenet", "small") if pick_device().type == "cuda" else ("imagenet",):
         x, y, epoch = _fitted(cross_entropy, steps, batch, stem)
-        candidates = {"ours": epoch, "bare loop, bf16 channels_last": _bare("auto", x, y, steps, True, stem), "bare loop, float32": _bare("fp32", x, y, steps, False, stem)}
+        candidates = {"ours": epoch, "bare loop, bf16 channels_last": _bare("auto", x, y, steps, True, stem),
+                      "bare loop, float32": _bare("fp32", x, y, steps, False, stem)}
         seconds = interleave(candidates | {"floor": partial(torch.matmul, *_matrices(x.device))}, rounds)
         work = steps*_operations(x, y, stem)/(2*_SIDE**3) # in such products
         seconds["floor"] = [s*work for s in seconds["floor"]]
@@ -238,8 +243,10 @@ def _attackers(model, x, y, eps, steps):
     if _peer("art"):
         from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
         from art.estimators.classification import PyTorchClassifier
-        net, shared = PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), x.shape[1:], 200, clip_values=(0, 1), device_type="gpu" if x.is_cuda else "cpu"), dict(eps=eps, batch_size=len(x))
-        attack = FastGradientMethod(net, **shared) if steps is None else ProjectedGradientDescentPyTorch(net, eps_step=step, max_iter=steps, num_random_init=1, verbose=False, **shared)
+        kind, shared = "gpu" if x.is_cuda else "cpu", dict(eps=eps, batch_size=len(x))
+        net = PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), x.shape[1:], 200, clip_values=(0, 1), device_type=kind)
+        several = dict(eps_step=step, max_iter=steps, num_random_init=1, verbose=False)
+        attack = FastGradientMethod(net, **shared) if steps is None else ProjectedGradientDescentPyTorch(net, **several, **shared)
         out["ART"] = partial(attack.generate, x.cpu().numpy(), y.cpu().numpy())
     return out
 
@@ -249,7 +256,8 @@ def _attacked(measure, attack, rounds, batch, steps=None):
     device, eps = pick_device(), 8/255
     x, y = torch.rand(batch, 3, 64, 64, generator=generator(0)).to(device), torch.arange(batch).to(device) % 200
     model = build_model("resnet18", 200).to(device).eval().requires_grad_(False)
-    ways = {"ours": partial(attack, model, x, y, eps), "folded": partial(attack, fold_batchnorm(model), x, y, eps), "floor": partial(_ascents, model, x, y, steps or 1)}
+    ways = {"ours": partial(attack, model, x, y, eps), "folded": partial(attack, fold_batchnorm(model), x, y, eps),
+            "floor": partial(_ascents, model, x, y, steps or 1)}
     seconds = interleave(ways | _attackers(model, x, y, eps, steps), rounds)
     folded = seconds.pop("folded")
     yield line(measure, seconds, batch, device)
@@ -283,7 +291,8 @@ def adversarial_step(data, rounds=9, steps=2, batch=128):
     "Training steps with the adversarial objective on ResNet-18 at 64×64, batch 128; floor: the clean step."
     steps = _steps(steps)
     x, y, clean = _fitted(cross_entropy, steps, batch)
-    candidates = {"ours": _fitted(adversarial_loss, steps, batch)[2], "floor": clean, "naive, bf16 channels_last": _naive("auto", x, y, steps, True), "naive, float32": _naive("fp32", x, y, steps, False)}
+    candidates = {"ours": _fitted(adversarial_loss, steps, batch)[2], "floor": clean, "naive, bf16 channels_last": _naive("auto", x, y, steps, True),
+                  "naive, float32": _naive("fp32", x, y, steps, False)}
     yield line("adversarial_step", interleave(candidates, rounds), steps*batch, x.device)
 
 # %% ../nbs/30_benchmarks.ipynb #15a4dfe8
@@ -350,7 +359,8 @@ def _plain_marks(data, classes, per_class, config):
     "The same of a plain loop in float32 over files."
     start, device, marks = time.perf_counter(), pick_device(), []
     files, renumber = _files(data, classes, per_class)
-    loader = torch.utils.data.DataLoader(files, config.batch_size, shuffle=True, drop_last=True, num_workers=len(os.sched_getaffinity(0)), persistent_workers=True)
+    workers = dict(num_workers=len(os.sched_getaffinity(0)), persistent_workers=True)
+    loader = torch.utils.data.DataLoader(files, config.batch_size, shuffle=True, drop_last=True, **workers)
     valid, shift = subset(load_data(data, 64)[1], classes, per_class), [torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
     model = resnet18(num_classes=len(valid.classes)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
@@ -383,7 +393,8 @@ def time_to_accuracy(data, rounds=2, config=None, target=None):
                best_peer_ratio=round(peer/ours, 3), floor=None, floor_ratio=None, spread=None, n=rounds, device=device_name(device))
 
 # %% ../nbs/30_benchmarks.ipynb #5ab7e743
-MEASURES = {f.__name__: f for f in (transforms, pipeline, batches, decode, train_step, fgsm, pgd, adversarial_step, symmetry, stability_step, classifier_only, evaluation, time_to_accuracy, scaling)}
+MEASURES = {f.__name__: f for f in (transforms, pipeline, batches, decode, train_step, fgsm, pgd, adversarial_step, symmetry, stability_step,
+                                    classifier_only, evaluation, time_to_accuracy, scaling)}
 
 def bench(measures=None, # names; None: all
           data=None, # image folder in Tiny ImageNet's layout; None: synthetic images

@@ -75,7 +75,7 @@ def _decode_all(files, size, part, offset, shape, workers):
 
 # %% ../nbs/01a_cache.ipynb #f226ad2e
 def write_cache(path, # file to write
-                source:tuple, # image files, labels int64 (N,), boxes float32 (N,4) or None, and a dictionary: classes, synthetic, stamp (by the path from the source)
+                source:tuple, # image files, labels int64 (N,), boxes float32 (N,4) or None, and a dict: classes, synthetic, stamp (by path from the source)
                 size:int|None, # pixels a side; None: as they are
                 workers:int|None, # decoding processes; None: one a core
                ):
@@ -112,7 +112,8 @@ def open_cache(path, # file to map
             meta = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
             if root and not all(_stamp_of(root/p) == s for p, s in meta["stamp"].items()): return None
             t = {k: f.get_tensor(k) for k in f.keys()}
-        return make(images=t["images"], labels=t["labels"], classes=tuple(meta["classes"]), boxes=t.get("boxes"), digests=t["digests"], synthetic=meta["synthetic"])
+        return make(images=t["images"], labels=t["labels"], classes=tuple(meta["classes"]), boxes=t.get("boxes"), digests=t["digests"],
+                    synthetic=meta["synthetic"])
     except (SafetensorError, ValueError, KeyError) as e: # ValueError: JSON, or parts that do not fit together
         warnings.warn(f"{path}: damaged cache file ({e}); decoding again", stacklevel=2); return None
 

@@ -90,7 +90,7 @@ keep_freed_memory()
 
 # %% ../nbs/00_core.ipynb #8413c353
 def capturable(objective): # objective(model, batch, backward) -> loss
-    "Mark an objective as one that may be recorded as a CUDA graph: it draws from the device's global generator alone, reads no number from the device, and keeps nothing from step to step."
+    "Mark an objective that a CUDA graph may record: it draws from the device's global generator alone, reads no number from the device, keeps no state."
     objective.capturable = True
     return objective
 

@@ -151,7 +151,8 @@ def _fractions(boxes, width, height):
 def _scan_tiny(root, split):
     "List files, labels and boxes of one split, with names and stamps."
     wnids = sorted(w for w in (root/"wnids.txt").read_text(encoding="utf-8", errors="replace").split())
-    if twice := {w for w in wnids if wnids.count(w) > 1}: raise ValueError(f"{root/'wnids.txt'}: lists {', '.join(sorted(twice))} more than once; unpack the archive again")
+    if twice := {w for w in wnids if wnids.count(w) > 1}:
+        raise ValueError(f"{root/'wnids.txt'}: lists {', '.join(sorted(twice))} more than once; unpack the archive again")
     words = {}
     if (root/"words.txt").is_file():
         words = dict(l.split("\t", 1) for l in (root/"words.txt").read_text(encoding="utf-8", errors="replace").splitlines() if "\t" in l)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEAKER', 'COLUMNS', 'TrustWarning', 'check_trust', 'check_results', 'evaluate', 'spread_over', 'wilson',
            'evaluate_together', 'measure_orbit', 'measure_probe', 'measure_boxes', 'measure_certificates', 'compare',
-           'pack', 'unpack', 'plot_bars', 'plot_strength', 'plot_confusions']
+           'pack', 'right', 'unpack', 'plot_bars', 'plot_strength', 'plot_confusions']
 
 # %% ../nbs/05_evaluation.ipynb #c6162757
 import base64, math, time, warnings
@@ -51,7 +51,8 @@ def check_trust(model:nn.Module, # to be evaluated
         grad = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
         with torch.no_grad(): again = model(images)
     if not torch.allclose(out, again, rtol=1e-2, atol=1e-3): warn("two forward passes on the same images differ: single attacks and accuracies are random")
-    if grad is None or (grad.flatten(1) == 0).all(1).any(): warn("the gradient with respect to some images is exactly zero: gradient attacks will look weaker than they are")
+    if grad is None or (grad.flatten(1) == 0).all(1).any():
+        warn("the gradient with respect to some images is exactly zero: gradient attacks will look weaker than they are")
     if (out >= 0).all() and torch.allclose(out.sum(1), torch.ones(len(out), device=out.device), atol=1e-3):
         warn("the outputs are probabilities: attacks need logits, saturated probabilities have no gradient")
     return out.shape[1]
@@ -60,21 +61,24 @@ def check_trust(model:nn.Module, # to be evaluated
 def _check_origin(model, images):
     known = getattr(model, "classes", None)
     if known and set(known) == set(images.classes) and tuple(known) != tuple(images.classes):
-        raise ValueError(f"images: {images.name} has the classes of the model in another order, so that labels are permuted: sort its class list, or train again")
+        raise ValueError(f"images: {images.name} has the classes of the model in another order, so that labels are permuted: "
+                         "sort its class list, or train again")
     if getattr(model, "trained_on", None) == images.fingerprint: _warn("these are the images that the model was trained on: accuracy on new ones is lower")
 
-WEAKER = (("FGSM", "PGD-20"), ("PGD-20", "strong attacks"), ("FGSM from .*", "FGSM"), ("random signs", "FGSM")) # perturbations that should leave more than the others
+WEAKER = (("FGSM", "PGD-20"), ("PGD-20", "strong attacks"), ("FGSM from .*", "FGSM"), ("random signs", "FGSM")) # the first of a pair should leave more
 
 def check_results(table:pd.DataFrame, # from `evaluate`
                   classes:int, # number of them
                  ):
     "Warn of clean accuracy at chance, and of attacks that leave less than stronger ones of the same radius do, both beyond their intervals."
     for _, r in table[table.perturbation == "clean"].iterrows():
-        if r.n >= 200 and binomtest(r.correct, r.n, 1/classes, "greater").pvalue > .025: _warn(f"clean accuracy is at chance ({r.accuracy:.1f} %): the labels may be permuted, or the model untrained")
+        if r.n >= 200 and binomtest(r.correct, r.n, 1/classes, "greater").pvalue > .025:
+            _warn(f"clean accuracy is at chance ({r.accuracy:.1f} %): the labels may be permuted, or the model untrained")
     for weak, strong in WEAKER:
         for _, a in table[table.perturbation.str.fullmatch(weak)].iterrows():
             for _, b in table[(table.perturbation == strong) & (table.strength == a.strength)].iterrows():
-                if a.high < b.low: _warn(f"{a.perturbation} {a.strength:g} leaves {a.accuracy:.1f} %, {strong} {b.accuracy:.1f} %: the gradient may be obfuscated")
+                if a.high < b.low:
+                    _warn(f"{a.perturbation} {a.strength:g} leaves {a.accuracy:.1f} %, {strong} {b.accuracy:.1f} %: the gradient may be obfuscated")
 
 # %% ../nbs/05_evaluation.ipynb #6591f2e5
 COLUMNS = ["perturbation", "strength", "unit", "correct", "n", "accuracy", "low", "high", "seconds", "hits", "predicted"]
@@ -99,7 +103,8 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     _check_origin(model, images)
     model.to(memory_format=torch.channels_last)
     folded = cache(lambda: fold_batchnorm(model))
-    def row(p, size): return _measure({name: model}, {name: [name]}, served(p.most or len(images), size), p, precision, seed, folded() if p.fp32 else model)[name]
+    def row(p, size):
+        return _measure({name: model}, {name: [name]}, served(p.most or len(images), size), p, precision, seed, folded() if p.fp32 else model)[name]
     with evaluating(model): table = pd.DataFrame(_halving(row, perturbations, batch_size), columns=COLUMNS)
     check_results(table, len(images.classes))
     return table
@@ -176,7 +181,8 @@ def measure_orbit(model:nn.Module, # see `evaluate`
                   **kwargs, # of `evaluate`
                  ) -> pd.DataFrame: # two rows more
     "For which images the predictions in all orientations agree, right or wrong; and accuracy averaged over them, see `Symmetrized`."
-    predicted = np.stack([table[(table.perturbation == name) & (table.strength.isna() if d is None else table.strength == d)].predicted.iloc[0] for name, d in ORBIT])
+    predicted = np.stack([table[(table.perturbation == name) & (table.strength.isna() if d is None else table.strength == d)].predicted.iloc[0]
+                          for name, d in ORBIT])
     same = _row("same in all orientations", math.nan, "", (predicted == predicted[0]).all(0), 0.)
     pooled = evaluate(symmetrize(model), images, [Perturbation("symmetrized", lambda x, y, model: x)], **kwargs)
     return pd.concat([_more(table, [same]), pooled], ignore_index=True)
@@ -243,14 +249,17 @@ def pack(table:pd.DataFrame) -> list: # of dictionaries of plain values
     return [dict(perturbation=r.perturbation, strength=None if math.isnan(r.strength) else r.strength, unit=r.unit, correct=r.correct, n=r.n,
                  seconds=round(r.seconds, 3), hits=base64.b64encode(np.packbits(r.hits).tobytes()).decode()) for r in table.itertuples()]
 
+def right(row:dict): # bool (n,)
+    "Which images a packed row has right."
+    return np.unpackbits(np.frombuffer(base64.b64decode(row["hits"]), np.uint8), count=row["n"]).astype(bool)
+
 def unpack(rows:list) -> pd.DataFrame: # as `evaluate` gave it, without `predicted`
     "The evaluation that a record holds."
     out = []
     for r in rows:
-        hits = np.unpackbits(np.frombuffer(base64.b64decode(r["hits"]), np.uint8), count=r["n"]).astype(bool)
         low, high = wilson(r["correct"], r["n"])
         strength = math.nan if r["strength"] is None else r["strength"]
-        out.append([r["perturbation"], strength, r["unit"], r["correct"], r["n"], 100*r["correct"]/r["n"], 100*low, 100*high, r["seconds"], hits])
+        out.append([r["perturbation"], strength, r["unit"], r["correct"], r["n"], 100*r["correct"]/r["n"], 100*low, 100*high, r["seconds"], right(r)])
     return pd.DataFrame(out, columns=COLUMNS[:-1])
 
 # %% ../nbs/05_evaluation.ipynb #cc091bfa

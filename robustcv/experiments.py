@@ -37,8 +37,10 @@ from .training import fit, join_processes, main_process, wait_for_all
 EXTRA = {"color_jitter": color_perturbations, "random_erase": erase_perturbations, "stability": stability_perturbations, "symmetry": symmetry_perturbations,
          "multi_task": affine_perturbations, "robustness": stability_perturbations} # what a section measures beyond the standard perturbations
 ATTACKED = ("fgsm", "adversarial_training", "robustness") # sections that measure `attack_perturbations`
-QUICK = {"smoke": dict(attacks=dict(most=(16, 16), steps=5, targets=1, queries=5), watch=dict(images=16, steps=2), certificates=dict(most=4, n0=5, n=20), strengths={"corruption": 3, "occlusion at": .25}),
-         "demo": dict(attacks=dict(eps=(.1, .2, .4), most=(30, 12), steps=20, targets=3, queries=100), watch=dict(images=30, steps=5), certificates=dict(most=20, n0=10, n=100),
+QUICK = {"smoke": dict(attacks=dict(most=(16, 16), steps=5, targets=1, queries=5), watch=dict(images=16, steps=2),
+                       certificates=dict(most=4, n0=5, n=20), strengths={"corruption": 3, "occlusion at": .25}),
+         "demo": dict(attacks=dict(eps=(.1, .2, .4), most=(30, 12), steps=20, targets=3, queries=100),
+                      watch=dict(images=30, steps=5), certificates=dict(most=20, n0=10, n=100),
                       strengths={"corruption": 3, "occlusion at": .25})} # scales at which it counts that everything runs, not how exact or strong it is
 
 # %% ../nbs/20_experiments.ipynb #8db22ed2
@@ -121,7 +123,8 @@ def _train(run, seed, at, where):
     train, settings = degrade_boxes(at.train, *run.degraded, seed) if run.degraded else at.train, run.settings(at.scale)
     model = begin or build_model(run.model, len(train.classes), pretrained=at.scale.pretrained, stem=run.stem, boxes=run.boxes)
     if run.first: return model, fit_from(model, run.first, train, at.valid, settings, seed, at.device, where, pooled=run.pooled)
-    return model, fit(model, train, at.valid, run.objective, run.transform, settings, seed, at.device, where, run.watch and run.watch(**QUICK.get(at.scale.size, {}).get("watch", {})))
+    return model, fit(model, train, at.valid, run.objective, run.transform, settings, seed, at.device, where,
+                      run.watch and run.watch(**QUICK.get(at.scale.size, {}).get("watch", {})))
 
 def _network_of(section, name, seed, at):
     "The network of another run."
@@ -203,12 +206,13 @@ def _boxes(run, model, table, seed, at):
     table, mean = measure_boxes(model, table, at.valid, at.device)
     return table, {"boxes": count_boxes(at.train), "mean_iou": mean}
 
-MEASURED = {"symmetry": _orbit, "stability": _some_certificates, "multi_task": _boxes, "robustness": _certificates} # what a section measures beyond perturbations: the table with more rows, and more metrics
+MEASURED = {"symmetry": _orbit, "stability": _some_certificates, "multi_task": _boxes,
+            "robustness": _certificates} # what a section measures beyond perturbations: the table with more rows, and more metrics
 
 # %% ../nbs/20_experiments.ipynb #5c3645e1
 def measure_members(runs:list, # with members, and the same sources
                     seed:int, at:Setting) -> dict: # name of the run to the metrics of its record
-    "Ensembles under every perturbation of the library, with FGSM on the ensemble itself, calibration and disagreement; the members are passed through once for all."
+    "Ensembles under every perturbation of the library, FGSM on the ensemble itself, calibration and disagreement; the members are passed through once for all."
     members = {m: _network_of(*m, seed, at) for m in dict.fromkeys(m for r in runs for m in r.members)}
     attacks, kinds = _attacks(runs[0], at), ("random signs", "FGSM from")
     extra = [p for s in EXTRA if s not in ATTACKED for p in _extra(s, at.scale) if not p.name.startswith("occlusion at")]
@@ -216,12 +220,15 @@ def measure_members(runs:list, # with members, and the same sources
     still = standard_perturbations() + extra + [p for p in attacks if p.name.startswith(kinds)]
     own = [replace(p, most=QUICK.get(at.scale.size, {}).get("attacks", {}).get("most", (200,))[0]) for p in attacks if p.name == "FGSM"]
     groups, how = {r.name: r.members for r in runs}, dict(seed=seed, device=at.device)
-    tables, seen = evaluate_together(members, groups, at.valid, still, **how), evaluate_together(members, groups, spread_over(at.train, len(at.valid)), still[:1], **how)
+    tables, seen = (evaluate_together(members, groups, at.valid, still, **how),
+                    evaluate_together(members, groups, spread_over(at.train, len(at.valid)), still[:1], **how))
     alone, out = evaluate_together(members, {m: (m,) for m in members}, at.valid, still[:1], **how), {}
     for name, ms in groups.items():
         model = Ensemble({" / ".join(m): members[m] for m in ms})
         table = pd.concat([tables[name], evaluate(model, at.valid, own, **how)], ignore_index=True)
-        out[name] = dict(evaluation=pack(table), **_averaged(seen[name], table), calibration=_calibration(predict(model, at.valid, device=at.device), at.valid.labels), disagreement=disagreement({_short(m): alone[m].predicted.iloc[0] for m in ms}).to_dict())
+        out[name] = dict(evaluation=pack(table), **_averaged(seen[name], table),
+                         calibration=_calibration(predict(model, at.valid, device=at.device), at.valid.labels),
+                         disagreement=disagreement({_short(m): alone[m].predicted.iloc[0] for m in ms}).to_dict())
     return out
 
 # %% ../nbs/20_experiments.ipynb #b25fe836
@@ -265,7 +272,8 @@ def _lacking(run, seed, scale, about, folder):
     "The folders of networks that a run needs, its own included, and that are not there."
     own = set() if run.members else {_home(run, scale, seed, about, folder)}
     if own and _is_trained(*own): return set()
-    others = [(m, seed) for m in (*run.members, *([run.start] if run.start else []))] + [(m, scale.seeds[0]) for m in run.sources if run.section in ATTACKED or run.members]
+    others = ([(m, seed) for m in (*run.members, *([run.start] if run.start else []))]
+              + [(m, scale.seeds[0]) for m in run.sources if run.section in ATTACKED or run.members])
     needs = [_lacking(find_run(*m), k, scale, about, folder) for m, k in others]
     return own.union(*needs)
 
@@ -340,7 +348,9 @@ def run_sections(sections:list, # names of sections
                 if _on_record(job, results): say(f"{label}: on record"); continue
                 metrics, seconds = _carried_out(job, left.values(), at, pooled)
                 spent.append(seconds)
-                if main_process(): append_record(Path(results)/f"{run.section}.jsonl", make_record(run.section, run.name, scale.name, job.config, seed, at.about, device, spent[-1], metrics))
+                if main_process():
+                    append_record(Path(results)/f"{run.section}.jsonl",
+                                  make_record(run.section, run.name, scale.name, job.config, seed, at.about, device, spent[-1], metrics))
                 say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {spent[-1]:.0f} s{_left(left.values(), spent)}")
     wait_for_all()
     wanted = {j.id for j in jobs}

@@ -39,8 +39,10 @@ def fit_from(model:Classifier, # trained in place, from a stage on
     model.classes, model.size, model.trained_on = train.classes, train.images.shape[-1], train.fingerprint
     with torch.no_grad(): size = 8*len(train)*split_at(model, first)[0].eval()(train.images[:1].to(device)/255).numel()*4/1e9
     if size > most:
-        print(f"from {first} on: features of {len(train):,} images in 8 orientations would take {size:.1f} GB, more than {most:g}: computed anew for every batch", flush=True)
-        return fit(symmetrize(model) if pooled else model, train, turned(valid), transform=None if pooled else RandomSymmetry(), config=config, seed=seed, device=device, folder=folder)
+        print(f"from {first} on: features of {len(train):,} images in 8 orientations would take {size:.1f} GB, more than {most:g}: "
+              "computed anew for every batch", flush=True)
+        return fit(symmetrize(model) if pooled else model, train, turned(valid), transform=None if pooled else RandomSymmetry(),
+                   config=config, seed=seed, device=device, folder=folder)
     run = _cache(model, first, train, valid, config, seed, device, pooled)
     what = f"features before {first}{', pooled' if pooled else ''}"
     checkpoint = Checkpoint(folder, model, run.optimizer, run.schedule, folder and _signature(model, train, valid, cross_entropy, what, config, seed), PAUSE)
@@ -66,7 +68,8 @@ class _Cached:
             total = total + loss.detach().double()
         total = float(total)
         seconds, images = time.perf_counter() - start, len(self.batches)*self.config.batch_size
-        if not math.isfinite(total): raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate (lr={self.config.lr}) or use precision='fp32'")
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: lower the learning rate (lr={self.config.lr}) or use precision='fp32'")
         row |= {"loss": total/len(self.batches), "seconds": round(seconds, 4), "images_per_second": round(images/seconds, 1)}
         return row | {name: self.accuracy(*p) for name, p in self.probes.items()}
 

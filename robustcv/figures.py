@@ -68,7 +68,8 @@ def plot_fields(records:list, # of the section `color_jitter`
         ax.plot(v, t.accuracy, marker="o", markersize=4, color="C0", label="validation")
         ax.fill_between(v, t.low.astype(float), t.high.astype(float), color="C0", alpha=.2, lw=0)
         ax.plot(v, [r[2] for r in rows], marker="o", markersize=4, markerfacecolor="none", ls="--", color="C0", label="training")
-    axes[0].set_ylabel("accuracy (%)"); axes[0].figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper right", ncols=2, frameon=False)
+    axes[0].set_ylabel("accuracy (%)")
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper right", ncols=2, frameon=False)
     return axes
 
 # %% ../nbs/22_figures.ipynb #7e94c142
@@ -81,12 +82,14 @@ def plot_occlusion(records:list, # of the section `random_erase`
     for n in names:
         t = pool(runs[n]); t = t[t.perturbation.str.startswith("occlusion at")]
         at = t.perturbation.str.removeprefix("occlusion at ").str.split(", ", expand=True).astype(float)
-        maps[n] = {s: t.assign(row=at[0], column=at[1])[t.strength == s].pivot(index="row", columns="column", values="accuracy") for s in sorted(t.strength.unique())}
+        maps[n] = {s: t.assign(row=at[0], column=at[1])[t.strength == s].pivot(index="row", columns="column", values="accuracy")
+                   for s in sorted(t.strength.unique())}
     sides = list(maps[names[0]])
     fig, axes = plt.subplots(len(sides), len(names) + 1, figsize=(2.7*(len(names) + 1), 2.3*len(sides)), squeeze=False, layout="constrained")
     low, high = (f(m.to_numpy().min() if f is min else m.to_numpy().max() for ms in maps.values() for m in ms.values()) for f in (min, max))
     for row, side in zip(axes, sides, strict=True):
-        for ax, name in zip(row, names, strict=False): sns.heatmap(maps[name][side], ax=ax, vmin=low, vmax=high, cmap="viridis", annot=True, fmt=".0f", cbar=False)
+        for ax, name in zip(row, names, strict=False):
+            sns.heatmap(maps[name][side], ax=ax, vmin=low, vmax=high, cmap="viridis", annot=True, fmt=".0f", cbar=False)
         gain = maps[names[-1]][side] - maps[names[0]][side]
         sns.heatmap(gain, ax=row[-1], cmap="vlag_r", center=0, annot=True, fmt="+.0f", cbar=False)
         for ax, name in zip(row, [*names, f"{names[-1]} − {names[0]} (points)"], strict=True):
@@ -112,7 +115,8 @@ def plot_attacks(records:list, # of a section that measures attacks
             if own.empty: continue
             start = t.iloc[:1].assign(strength=0.) if len(own) > 1 else t.iloc[:0]
             own = pd.concat([start, own])
-            ax.errorbar(own.strength, own.accuracy, [own.accuracy - own.low, own.high - own.accuracy], color=color, marker="o", markersize=4, lw=1.4, label=kind)
+            ax.errorbar(own.strength, own.accuracy, [own.accuracy - own.low, own.high - own.accuracy],
+                        color=color, marker="o", markersize=4, lw=1.4, label=kind)
         ax.set(title=name, xlabel="ε (normalised units)", ylim=(-3, 100))
         above = ax.secondary_xaxis("top", functions=(lambda e: e*unit, lambda n: n/unit)); above.tick_params(labelsize=7)
         above.set_xlabel("ε in 255ths of the pixel range", fontsize=7)
@@ -193,8 +197,10 @@ def plot_orientations(records:list, # of the section `symmetry`
     runs = {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}
     ax, colors = ax or plt.subplots(figsize=(10, 3.4))[1], plt.get_cmap("Paired").colors[:8]
     for i, ((perturbation, degrees), label) in enumerate(zip(ORBIT, ELEMENTS, strict=True)):
-        rows = pd.DataFrame([t[(t.perturbation == perturbation) & (t.strength.isna() if degrees is None else t.strength == degrees)].iloc[0] for t in runs.values()])
-        ax.bar(np.arange(len(rows)) + (i - 3.5)*.105, rows.accuracy, .1, color=colors[i], label=label, yerr=[rows.accuracy - rows.low, rows.high - rows.accuracy], error_kw=dict(lw=.7, ecolor=".3"))
+        rows = pd.DataFrame([t[(t.perturbation == perturbation) & (t.strength.isna() if degrees is None else t.strength == degrees)].iloc[0]
+                             for t in runs.values()])
+        ax.bar(np.arange(len(rows)) + (i - 3.5)*.105, rows.accuracy, .1, color=colors[i], label=label,
+               yerr=[rows.accuracy - rows.low, rows.high - rows.accuracy], error_kw=dict(lw=.7, ecolor=".3"))
     ax.set_xticks(range(len(runs)), [n.replace(" ", "\n") for n in runs], fontsize=8); ax.grid(False, axis="x")
     ax.set(ylabel="accuracy (%)", ylim=(0, None)); ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
@@ -203,7 +209,7 @@ def plot_orientations(records:list, # of the section `symmetry`
 def plot_selectivity(records:list, # of one section
                      ax=None, # matplotlib axes; None: new ones
                     ): # the axes
-    "Distribution of the orientation selectivity of the first layer's filters, a line a run; runs with the same filters share one; at the seeds that all runs have; dotted: random filters."
+    "Distribution of the first filters' orientation selectivity, a line a run; equal filters share one; at seeds that all runs have; dotted: random filters."
     import matplotlib.pyplot as plt, seaborn as sns
     groups, runs = {}, by_name(one_setting(records))
     shared = set.intersection(*({r["seed"] for r in rs} for rs in runs.values())) # with more seeds, the same filters would look like others
@@ -234,7 +240,8 @@ def plot_cost(records:list, # of the section `symmetry`
         shift = 1.03**(i - len(runs)/2) # side by side
         ax.plot([shift, 8*shift], [once, pooled.accuracy], color=colors[name], marker="o", markersize=5, lw=1, label=name)
         ax.errorbar(8*shift, pooled.accuracy, [[pooled.accuracy - pooled.low], [pooled.high - pooled.accuracy]], color=colors[name], lw=.6)
-    ax.set(xscale="log", xlabel="passes for each image", ylabel="accuracy, all orientations (%)", xticks=[1, 8], xticklabels=["1", "8: averaged"], xlim=(.7, 12)); ax.minorticks_off()
+    ax.set(xscale="log", xlabel="passes for each image", ylabel="accuracy, all orientations (%)",
+           xticks=[1, 8], xticklabels=["1", "8: averaged"], xlim=(.7, 12)); ax.minorticks_off()
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
@@ -270,7 +277,9 @@ def plot_response(models:dict, # name to a `Classifier`
         r = rotation_response(model, images, stage, degrees)
         r = (r/r.mean(0).clamp_min(1e-6)).T
         last = ax is axes[0, -1]
-        sns.heatmap(r[r.argmax(1).argsort()].numpy(), ax=ax, cmap="vlag", vmin=0, vmax=2, cbar=last, cbar_kws={"label": "response / its mean"} if last else None, yticklabels=False, xticklabels=[str(d) if d % 90 == 0 else "" for d in degrees])
+        sns.heatmap(r[r.argmax(1).argsort()].numpy(), ax=ax, cmap="vlag", vmin=0, vmax=2,
+                    cbar=last, cbar_kws={"label": "response / its mean"} if last else None,
+                    yticklabels=False, xticklabels=[str(d) if d % 90 == 0 else "" for d in degrees])
         ax.set(title=f"{name}\nvariation {100*float(r.std(1).mean()):.0f} %", xlabel="rotation (degrees)"); ax.tick_params(length=0, labelrotation=0)
     axes[0, 0].set_ylabel(f"channels of {stage}")
     return fig
@@ -325,7 +334,8 @@ def draw_summary(records:list, # of any sections, at one scale and on one data s
     set_style()
     r, folder = one_setting(records)[0], Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    on = f"scale {r['scale']}: {r['data']['name']}{', drawn images: no evidence about natural ones' if r['data']['synthetic'] else ''}, n = {r['data']['valid']:,}"
+    on = (f"scale {r['scale']}: {r['data']['name']}{', drawn images: no evidence about natural ones' if r['data']['synthetic'] else ''}, "
+          f"n = {r['data']['valid']:,}")
     files = {}
     for name, ax in {"claims": plot_claims(records, decisive=True), "scoreboard": plot_scoreboard(scoreboard(records))}.items():
         ax.figure.suptitle(on, fontsize=9)

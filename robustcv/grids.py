@@ -69,16 +69,16 @@ def color_jitter() -> list[Run]:
               "rotation": RandomRotation(15, "bilinear"), "blur 0.2": RandomGaussianBlur(p=.2), "blur 0.6": RandomGaussianBlur(p=.6)}
     flip, weak = RandomHorizontalFlip(.6), four["all four 0.1"]
     combined = {"flip + crop + pad": Compose(flip, *_crop_and_pad()), "flip + jitter": Compose(flip, weak), "flip + blur": Compose(flip, others["blur 0.6"]),
-                "flip + crop + pad + jitter": Compose(flip, *_crop_and_pad(), weak), "flip + crop + pad + blur": Compose(flip, *_crop_and_pad(), others["blur 0.6"]),
-                "TrivialAugment": PerImage(v2.TrivialAugmentWide())}
+                "flip + crop + pad + jitter": Compose(flip, *_crop_and_pad(), weak),
+                "flip + crop + pad + blur": Compose(flip, *_crop_and_pad(), others["blur 0.6"]), "TrivialAugment": PerImage(v2.TrivialAugmentWide())}
     return [Run("color_jitter", "baseline"), *[Run("color_jitter", name, transform=t) for name, t in (jitter | four | flips | others | combined).items()]]
 
 def random_erase() -> list[Run]:
     "Erasing alone, with flips and with crops; what the boxes are filled with; and other ways to deform an image."
     flip = RandomHorizontalFlip()
     runs = {"E": RandomErase(), "FE": Compose(flip, RandomErase()), "FCE": Compose(flip, *_crop_and_pad(), RandomErase()),
-            "E, mean": RandomErase(value="mean"), "E, zero": RandomErase(value="zero"),
-            "rotation": RandomRotation(15, "bilinear"), "perspective": PerImage(v2.RandomPerspective(.5)), "shear": RandomAffine(0, shear=20, interpolation="bilinear"),
+            "E, mean": RandomErase(value="mean"), "E, zero": RandomErase(value="zero"), "rotation": RandomRotation(15, "bilinear"),
+            "perspective": PerImage(v2.RandomPerspective(.5)), "shear": RandomAffine(0, shear=20, interpolation="bilinear"),
             "elastic": PerImage(v2.ElasticTransform(20., 4.)), "Gaussian distortion": GaussianDistortion()}
     return [Run("random_erase", "baseline"), *[Run("random_erase", name, transform=t) for name, t in runs.items()]]
 
@@ -86,14 +86,16 @@ def random_erase() -> list[Run]:
 def attacked() -> list[Run]:
     "The networks that attack and are attacked: two ResNet-18 and a DenseNet-121."
     augment, plain, dense = baseline()[0].transform, ("fgsm", "ResNet-18, not augmented"), ("fgsm", "DenseNet-121")
-    return [Run(*plain), Run(*dense, model="densenet121", transform=augment, sources=(plain,)), Run("fgsm", "ResNet-18", transform=augment, sources=(plain, dense))]
+    return [Run(*plain), Run(*dense, model="densenet121", transform=augment, sources=(plain,)),
+            Run("fgsm", "ResNet-18", transform=augment, sources=(plain, dense))]
 
 def adversarial() -> list[Run]:
     "The article's two ways to train on adversarial examples, with variants, and today's ways."
     small, data = dict(batch_size=32, lr=.05), adversarial_data_loss
     kinds = {"baseline": (cross_entropy, {}), "objective": (WarmUp(adversarial_loss), {}), "data": (WarmUp(data), small),
-             "data, least likely, ε drawn": (WarmUp(partial(data, label="least likely", draw_eps=True)), small), "PGD": (WarmUp(partial(pgd_loss, steps=5)), {}),
-             "FGSM-RS": (WarmUp(fgsm_rs_loss), {}), "free": (FreeAdversarial(), dict(replays=4)), "TRADES": (WarmUp(partial(trades_loss, steps=5)), {})}
+             "data, least likely, ε drawn": (WarmUp(partial(data, label="least likely", draw_eps=True)), small),
+             "PGD": (WarmUp(partial(pgd_loss, steps=5)), {}), "FGSM-RS": (WarmUp(fgsm_rs_loss), {}),
+             "free": (FreeAdversarial(), dict(replays=4)), "TRADES": (WarmUp(partial(trades_loss, steps=5)), {})}
     return [Run("adversarial_training", name, transform=baseline()[0].transform, objective=objective, training=training, watch=WatchPGD,
                 sources=(("fgsm", "DenseNet-121"),)) for name, (objective, training) in kinds.items()]
 
@@ -111,7 +113,8 @@ def symmetric() -> list[Run]:
     "The upright baseline, retrained from each stage on."
     again, start = dict(lr=.02, keep="best"), ("symmetry", "baseline")
     firsts = {"classifier": "head", **{f"layer {i}+": f"layer{i}" for i in (4, 3, 2, 1)}, "all": "stem"}
-    return [Run(*start, transform=RandomCrop(64, 4, "reflect")), *[Run("symmetry", n, start=start, first=f, length=4/3, training=again) for n, f in firsts.items()],
+    return [Run(*start, transform=RandomCrop(64, 4, "reflect")),
+            *[Run("symmetry", n, start=start, first=f, length=4/3, training=again) for n, f in firsts.items()],
             Run("symmetry", "two phases", start=("symmetry", "layer 2+"), first="layer4", length=1/3, training=again),
             *[Run("symmetry", f"{n}, pooled", start=start, first=firsts[n], length=4/3, training=again, pooled=True) for n in ("classifier", "layer 4+")]]
 
@@ -119,7 +122,8 @@ def symmetric() -> list[Run]:
 def multi_tasked() -> list[Run]:
     "Boxes as a second task: over their weight and their loss, and spoiled by known amounts."
     augment, kinds = baseline()[0].transform, (("jitter", .1), ("jitter", .3), ("whole", .5), ("whole", 1.), ("shuffled", .5), ("shuffled", 1.))
-    both = {"multi-task": multi_task_loss, **{f"β = {b:g}": partial(multi_task_loss, beta=b) for b in (.1, 10.)}, "generalised IoU": partial(multi_task_loss, kind="giou")}
+    both = {"multi-task": multi_task_loss, **{f"β = {b:g}": partial(multi_task_loss, beta=b) for b in (.1, 10.)},
+            "generalised IoU": partial(multi_task_loss, kind="giou")}
     return [Run("multi_task", "baseline", transform=augment), *[Run("multi_task", n, transform=augment, objective=o, boxes=True) for n, o in both.items()],
             *[Run("multi_task", f"boxes {k} {a:g}", transform=augment, objective=multi_task_loss, boxes=True, degraded=(k, a)) for k, a in kinds]]
 
@@ -134,8 +138,8 @@ def together() -> list[Run]:
 # %% ../nbs/19_grids.ipynb #b62a45ff
 def strongest() -> list[Run]:
     "Networks of other sections that claim to be robust, under all that can be held against them; the ensemble, too."
-    others = {"baseline": ("baseline", "flip + crop"), **KEPT, "adversarial objective": ("adversarial_training", "objective"), "PGD": ("adversarial_training", "PGD"),
-              "TRADES": ("adversarial_training", "TRADES"), "AugMix": ("stability", "AugMix")}
+    others = {"baseline": ("baseline", "flip + crop"), **KEPT, "adversarial objective": ("adversarial_training", "objective"),
+              "PGD": ("adversarial_training", "PGD"), "TRADES": ("adversarial_training", "TRADES"), "AugMix": ("stability", "AugMix")}
     source = (("fgsm", "DenseNet-121"),)
     return [*[replace(find_run(*m), section="robustness", name=n, sources=source) for n, m in others.items()],
             Run("robustness", "ensemble", members=tuple(KEPT.values()), sources=source)]
@@ -145,8 +149,9 @@ def better() -> list[Run]:
     "From the baseline to the best network that longer training and a finer stem give, one ingredient after the other."
     augment, mixed = baseline()[0].transform, dict(objective=mixed_loss, length=2.)
     strong = mixed | dict(transform=Compose(augment, PerImage(v2.TrivialAugmentWide())))
-    return [Run("recipe", "baseline", transform=augment), Run("recipe", "CutMix", transform=augment, objective=mixed_loss), Run("recipe", "longer", transform=augment, **mixed),
-            Run("recipe", "TrivialAugment", **strong), *[Run("recipe", f"{s} stem", stem=s, **strong) for s in ("half", "small")],
+    return [Run("recipe", "baseline", transform=augment), Run("recipe", "CutMix", transform=augment, objective=mixed_loss),
+            Run("recipe", "longer", transform=augment, **mixed), Run("recipe", "TrivialAugment", **strong),
+            *[Run("recipe", f"{s} stem", stem=s, **strong) for s in ("half", "small")],
             *[Run("recipe", f"longer, {s} stem", stem=s, transform=augment, **mixed) for s in ("half", "small")]]
 
 # %% ../nbs/19_grids.ipynb #5aa2f794

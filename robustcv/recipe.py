@@ -19,7 +19,7 @@ def mix_images(x:Tensor, # (B,C,H,W)
                kind:str="cutmix", # or "mixup"
                alpha:float=1., # of the Beta distribution of the share; 1: uniform; small: mostly one of the two
               ) -> tuple[Tensor, Tensor]: # mixtures (B,C,H,W), and (B,B): the share of image j in mixture i
-    "Each image with its neighbour, cut ([Yun et al. 2019](https://arxiv.org/abs/1905.04899)) or averaged ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))."
+    "Mix neighbouring images, cut ([Yun et al. 2019](https://arxiv.org/abs/1905.04899)) or averaged ([Zhang et al. 2017](https://arxiv.org/abs/1710.09412))."
     choose("kind of mixture", kind, ["cutmix", "mixup"])
     if not alpha > 0: raise ValueError(f"alpha={alpha}: must be positive")
     if len(x) < 2: return x, torch.ones(len(x), len(x), device=x.device)

@@ -75,8 +75,8 @@ def grow(what:str, # the name of the size
         points.append((n, round(seconds, 4), round(peak[0], 1)))
     size, seconds, memory = zip(*points, strict=True)
     k = exponent(size, seconds)
-    return dict(measure=f"scaling/{what}", ours=round(k, 3), unit="exponent of time", peers={}, best_peer_ratio=None, floor=expected, floor_ratio=None, spread=None, n=len(sizes),
-                device=device_name(device), memory=round(exponent(size, np.maximum(memory, 1)), 3), points=points)
+    return dict(measure=f"scaling/{what}", ours=round(k, 3), unit="exponent of time", peers={}, best_peer_ratio=None, floor=expected, floor_ratio=None,
+                spread=None, n=len(sizes), device=device_name(device), memory=round(exponent(size, np.maximum(memory, 1)), 3), points=points)
 
 # %% ../nbs/29_scaling.ipynb #9bd40449
 class _Small(nn.Module):

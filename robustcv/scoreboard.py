@@ -20,7 +20,7 @@ from .grids import SECTIONS
 FAMILIES = {"clean": ("clean",), "orientation": ("rotation", "horizontal flip", "vertical flip"), "noise": ("noise, article", "noise"),
             **{n: (n,) for n in ("blur", "occlusion", "brightness", "contrast", "saturation", "hue")}} # of standard perturbations
 FURTHER = {"JPEG": "JPEG .*", "corruptions": "corruption: .*", "affine": "affine: .*", "FGSM, transferred": r"FGSM from .* 0\.2", "FGSM": r"FGSM 0\.2",
-           "PGD-20": "PGD-20 .*", "strong attacks": "strong attacks .*", "certified": r"certified 0\.09"} # families of other perturbations: what their name and strength look like
+           "PGD-20": "PGD-20 .*", "strong attacks": "strong attacks .*", "certified": r"certified 0\.09"} # of others: what their name and strength look like
 
 def _by_family(record):
     "Mean accuracy by family, in %; NaN where one of its standard perturbations, or all of the others, were not measured."
@@ -35,7 +35,7 @@ def _by_family(record):
 # %% ../nbs/23_scoreboard.ipynb #7a6e60a6
 def _network(record):
     "What tells apart networks, whichever section trained and measured them."
-    run = {k: v for k, v in record["config"]["run"].items() if k not in ("section", "name", "sources", "watch")} # where it is listed, and what it is measured on
+    run = {k: v for k, v in record["config"]["run"].items() if k not in ("section", "name", "sources", "watch")} # where it is listed, what it is measured on
     return run_id("", "", record["scale"], record["config"] | {"run": run}, 0, record["data"])
 
 def scoreboard(records:list, # of any sections, at one scale and on one data set
@@ -60,14 +60,16 @@ def plot_scoreboard(frame:pd.DataFrame, # from `scoreboard`
     "The scoreboard as a heat map: white lines between sections, mean and worst case set apart."
     import matplotlib.pyplot as plt, seaborn as sns
     ax = ax or plt.subplots(figsize=(4 + .5*frame.shape[1], 2.4 + .24*len(frame)), layout="constrained")[1]
-    sns.heatmap(frame, ax=ax, cmap="viridis", annot=True, fmt=".0f", annot_kws={"size": 8}, cbar_kws={"label": "accuracy (%)", "shrink": min(1., 10/len(frame)), "anchor": (0, 1)},
+    sns.heatmap(frame, ax=ax, cmap="viridis", annot=True, fmt=".0f", annot_kws={"size": 8},
+                cbar_kws={"label": "accuracy (%)", "shrink": min(1., 10/len(frame)), "anchor": (0, 1)},
                 xticklabels=False, yticklabels=False) # drawn below: it would try them out upright, for which there is no room
     ax.set_facecolor(".9"); ax.grid(False); ax.axvline(frame.shape[1] - 2, color="w", lw=6)
     sections = [label.split(" / ")[0] for label in frame.index]
     for y in range(1, len(sections)):
         if sections[y] != sections[y - 1]: ax.axhline(y, color="w", lw=2.5)
     ax.xaxis.tick_top(); ax.tick_params(length=0, labelsize=8)
-    ax.set_xticks(np.arange(frame.shape[1]) + .5, frame.columns, rotation=40, ha="left", rotation_mode="anchor"); ax.set_yticks(np.arange(len(frame)) + .5, frame.index)
+    ax.set_xticks(np.arange(frame.shape[1]) + .5, frame.columns, rotation=40, ha="left", rotation_mode="anchor")
+    ax.set_yticks(np.arange(len(frame)) + .5, frame.index)
     ax.set_xlabel("blank: not measured" if frame.isna().any(axis=None) else "", fontsize=8); ax.set_ylabel("")
     return ax
 

@@ -60,8 +60,10 @@ def caption(records:list) -> str:
     seeds = sorted(Counter(x["name"] for x in records).values()) # of the run with the fewest first
     what = f"{d['name']}{' (drawn images: no evidence about natural ones)' if d['synthetic'] else ''}"
     epochs = ", ".join(sorted({str(len(x["metrics"]["history"])) for x in records if x["metrics"]["history"]}))
-    return (f"scale {r['scale']}: {what}, {d['classes']} classes, {d['train']:,} training images of {d['pixels']} pixels{f', {epochs} epochs' if epochs else ''}; "
-            f"n = {d['valid']:,} validation images; {seeds[0]}{f' to {seeds[-1]}' if seeds[-1] > seeds[0] else ''} seed(s); {r['device']}; commit {', '.join(sorted({x['commit'] for x in records}))}")
+    return (f"scale {r['scale']}: {what}, {d['classes']} classes, {d['train']:,} training images of {d['pixels']} pixels"
+            f"{f', {epochs} epochs' if epochs else ''}; n = {d['valid']:,} validation images; "
+            f"{seeds[0]}{f' to {seeds[-1]}' if seeds[-1] > seeds[0] else ''} seed(s); {r['device']}; "
+            f"commit {', '.join(sorted({x['commit'] for x in records}))}")
 
 def markdown(frame:pd.DataFrame) -> str:
     "A data frame of strings and numbers as a Markdown table."
@@ -85,7 +87,7 @@ def pool(records:list, # of one run, one a seed
 def corruption_table(records:list, # of the section `stability`
                      baseline:str="baseline", # what errors are compared with
                     ) -> pd.DataFrame: # a row a run: mean corruption accuracy with its 95 % interval over images, mean corruption error (baseline: 100), in %
-    "Common corruptions in two numbers: accuracy over all kinds and severities, and error beside the baseline's, kind by kind ([Hendrycks and Dietterich 2019](https://arxiv.org/abs/1903.12261))."
+    "Mean accuracy under common corruptions, and error beside the baseline's, kind by kind ([Hendrycks and Dietterich 2019](https://arxiv.org/abs/1903.12261))."
     runs, rows = {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}, []
     if baseline not in runs: raise ValueError(f"baseline='{baseline}': is not on record; there are {', '.join(runs)}")
     corrupted = {n: t[t.perturbation.str.startswith("corruption: ")] for n, t in runs.items()}
@@ -103,9 +105,9 @@ def orientation_table(records:list, # of the section `symmetry`
     rows = []
     for n, rs in by_name(one_setting(records)).items():
         by = [accuracies(r) for r in rs]
-        rows.append({"model": n, "seeds": len(rs), "training": _pm([r["metrics"]["train_accuracy"] for r in rs]), "upright": _pm([b["clean", None] for b in by]),
-                     "augmented": _pm([np.mean([b[o] for o in ORBIT]) for b in by]), "same in all": _pm([b["same in all orientations", None] for b in by]),
-                     "averaged": _pm([b["symmetrized", None] for b in by])})
+        rows.append({"model": n, "seeds": len(rs), "training": _pm([r["metrics"]["train_accuracy"] for r in rs]),
+                     "upright": _pm([b["clean", None] for b in by]), "augmented": _pm([np.mean([b[o] for o in ORBIT]) for b in by]),
+                     "same in all": _pm([b["same in all orientations", None] for b in by]), "averaged": _pm([b["symmetrized", None] for b in by])})
     return pd.DataFrame(rows)
 
 # %% ../nbs/18_tables.ipynb #7c59a744
@@ -119,19 +121,21 @@ def box_table(records:list, # of the section `multi_task`
         rows.append({"model": n, "seeds": len(rs), "training": _pm(trained), "clean": _pm([b["clean", None] for b in by]),
                      "gap": _pm([t - b["clean", None] for t, b in zip(trained, by, strict=True)]), "affine": _pm([_mean(b, "affine: ") for b in by]),
                      "IoU ≥ 0.5": _pm([b["box", .5] for b in by]) if ("box", .5) in by[0] else "",
-                     "mean IoU": _pm([r["metrics"]["mean_iou"] for r in rs]) if "mean_iou" in rs[0]["metrics"] else "", "probe": _pm([_mean(b, "linear probe") for b in by])})
+                     "mean IoU": _pm([r["metrics"]["mean_iou"] for r in rs]) if "mean_iou" in rs[0]["metrics"] else "",
+                     "probe": _pm([_mean(b, "linear probe") for b in by])})
     return pd.DataFrame(rows)
 
 def _mean(accuracy, start): return np.mean([v for (p, _), v in accuracy.items() if p.startswith(start)])
 
 # %% ../nbs/18_tables.ipynb #89d01c9b
 def recipe_table(records:list, # of the section `recipe`
-                ) -> pd.DataFrame: # a row a run: seeds, epochs, minutes of training, accuracy in % on training and clean images, and the mean over perturbations
+                ) -> pd.DataFrame: # a row a run: seeds, epochs, minutes of training, accuracy in % on training and clean images, and mean over perturbations
     "What each ingredient brings, and what it costs; mean ± standard deviation over seeds."
     rows = []
     for n, rs in by_name(one_setting(records)).items():
         histories = [r["metrics"]["history"] for r in rs]
-        rows.append({"model": n, "seeds": len(rs), "epochs": len(histories[0]), "minutes": f"{np.mean([sum(e['seconds'] for e in h) for h in histories])/60:.1f}",
+        rows.append({"model": n, "seeds": len(rs), "epochs": len(histories[0]),
+                     "minutes": f"{np.mean([sum(e['seconds'] for e in h) for h in histories])/60:.1f}",
                      "training": _pm([r["metrics"]["train_accuracy"] for r in rs]), "clean": _pm([accuracies(r)["clean", None] for r in rs]),
                      "perturbed": _pm([np.mean([v for (p, _), v in accuracies(r).items() if p != "clean"]) for r in rs])})
     return pd.DataFrame(rows)
@@ -139,10 +143,11 @@ def recipe_table(records:list, # of the section `recipe`
 # %% ../nbs/18_tables.ipynb #b57feac4
 def member_table(records:list, # of the section `ensemble`
                 ) -> pd.DataFrame: # a row a member: clean and mean accuracy alone, mean accuracy of the others without it, what it contributes
-    "What each member is worth: the mean over all perturbations that do not look at the network, in %, and the contribution in points with its 95 % interval over images."
+    "What each member is worth: mean over perturbations that do not look at the network, in %, and contribution in points with its 95 % interval over images."
     rows, runs = [], {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}
     if "ensemble" not in runs: raise ValueError(f"the run 'ensemble' is not on record; there are {', '.join(runs)}")
-    each = {n: np.mean(np.stack(t.hits[(t.n == t.n.iloc[0]) & ~t.perturbation.isin(ADAPTIVE)].to_list()).astype(float), 0) for n, t in runs.items()} # over perturbations, an image an entry
+    each = {n: np.mean(np.stack(t.hits[(t.n == t.n.iloc[0]) & ~t.perturbation.isin(ADAPTIVE)].to_list()).astype(float), 0)
+            for n, t in runs.items()} # over perturbations, an image an entry
     for n in [n for n in runs if n != "ensemble" and not n.startswith("without ")]:
         rows.append({"member": n, "clean": round(runs[n].accuracy.iloc[0], 1), "mean": round(100*each[n].mean(), 1)})
         if f"without {n}" not in each: continue # not on record

@@ -172,7 +172,8 @@ class _Recorded:
             with torch.cuda.graph(self.graph): self.loss = _passes(self.run, self.objective, self.batch)
         except RuntimeError as e:
             if out_of_memory(e): raise
-            raise RuntimeError(f"the steps of this model and objective cannot be recorded as a CUDA graph ({str(e).splitlines()[0]}): use Training(cuda_graph=False)") from e
+            raise RuntimeError(f"the steps of this model and objective cannot be recorded as a CUDA graph ({str(e).splitlines()[0]}): "
+                               "use Training(cuda_graph=False)") from e
         self.gradients = [(p, p.grad) for p in self.run.model.parameters() if p.grad is not None]
 
 # %% ../nbs/04_training.ipynb #e02546a5
@@ -188,7 +189,8 @@ def _epoch(run, epoch, check_every=50):
         for _ in range(replays): total = total + _step(run, batch)/replays
         run.bar.update(run.config.batch_size)
         if (i % check_every == 0 or i == len(run.batches)) and not math.isfinite(loss := float(run.reduce(total, "mean"))):
-            kept = f"the checkpoint in {run.checkpoint.folder} is from before" if run.checkpoint.folder and (run.checkpoint.folder/"state.pt").is_file() else "nothing was saved"
+            kept = (f"the checkpoint in {run.checkpoint.folder} is from before"
+                    if run.checkpoint.folder and (run.checkpoint.folder/"state.pt").is_file() else "nothing was saved")
             raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {i}: lower the learning rate (lr={run.config.lr}) "
                                      f"or use precision='fp32'; {kept}")
     if run.parallel is not run.model:
@@ -204,7 +206,8 @@ def _in_memory(f, run, *args):
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e): raise
         b = run.config.batch_size
-        raise RuntimeError(f"out of memory with batch_size={b} on {run.device}: try batch_size={max(1, b//2)}, with lr={run.config.lr/2:g}" if b > 1 else f"out of memory on {run.device}") from e
+        raise RuntimeError(f"out of memory with batch_size={b} on {run.device}: try batch_size={max(1, b//2)}, with lr={run.config.lr/2:g}"
+                           if b > 1 else f"out of memory on {run.device}") from e
 
 # %% ../nbs/04_training.ipynb #14011e18
 @dataclass
@@ -252,7 +255,8 @@ def _signature(model, train, valid, objective, transform, config, seed):
     "What a checkpoint must agree with to be continued."
     about = model.config if isinstance(model, Classifier) else type(model).__name__
     return json.dumps(describe(dict(config=config, objective=objective, transform=transform, seed=seed, model=about, frozen=getattr(model, "frozen", ()),
-                                    data=[train.fingerprint, valid.fingerprint, *([_digest(train.boxes)] if isinstance(model, Classifier) and model.config.get("boxes") else [])])))
+                                    data=[train.fingerprint, valid.fingerprint,
+                                          *([_digest(train.boxes)] if isinstance(model, Classifier) and model.config.get("boxes") else [])])))
 
 def _digest(boxes): return None if boxes is None else hashlib.blake2b(boxes.numpy().tobytes(), digest_size=8).hexdigest()
 
@@ -279,7 +283,8 @@ def _check_fit(model, train, valid):
     if train.classes != valid.classes: raise ValueError(f"valid: its classes differ from those of the training images ({train.name}, {valid.name})")
     if not len(valid): raise ValueError("valid: no images to measure on")
     k = model.config["num_classes"] if isinstance(model, Classifier) else len(train.classes)
-    if k != len(train.classes): raise ValueError(f"model: has {k} outputs, the images have {len(train.classes)} classes; build it with num_classes={len(train.classes)}")
+    if k != len(train.classes):
+        raise ValueError(f"model: has {k} outputs, the images have {len(train.classes)} classes; build it with num_classes={len(train.classes)}")
     if not any(p.requires_grad for p in model.parameters()): raise ValueError("model: all of its parameters are frozen")
 
 # %% ../nbs/04_training.ipynb #d9d0a129

@@ -264,7 +264,8 @@ class RandomAffine(Transform):
     def move(self, boxes, x, angle, translate, scale, shear):
         return affine_boxes(boxes, x.shape[2:], angle, translate.unbind(1), scale, (shear, 0.))
 
-    def extra_repr(self): return f"degrees={self.degrees}, translate={self.translate}, scale={self.scale}, shear={self.shear}, {self.interpolation}, fill={self.fill}"
+    def extra_repr(self):
+        return f"degrees={self.degrees}, translate={self.translate}, scale={self.scale}, shear={self.shear}, {self.interpolation}, fill={self.fill}"
 
 # %% ../nbs/02_transforms.ipynb #8bd991df
 class RandomRotation(Transform):

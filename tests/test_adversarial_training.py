@@ -114,6 +114,7 @@ def test_the_watch_adds_a_column_and_warns_of_collapse():
     with pytest.warns(CollapseWarning, match="0.0 %"): watch(model, Batches(zeros, 4))
 
 @pytest.mark.parametrize("objective, word", [(partial(adversarial_loss, alpha=0), "alpha"), (partial(adversarial_loss, eps=8), "eps"),
-    (partial(adversarial_data_loss, share=0), "share"), (partial(adversarial_data_loss, weight=0), "weight"), (partial(adversarial_data_loss, label="best"), "label")])
+    (partial(adversarial_data_loss, share=0), "share"), (partial(adversarial_data_loss, weight=0), "weight"),
+    (partial(adversarial_data_loss, label="best"), "label")])
 def test_bad_settings_name_the_argument(batch, objective, word):
     with pytest.raises(ValueError, match=word): gradients(objective, batch)

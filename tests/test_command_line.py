@@ -67,7 +67,8 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
 def minute(monkeypatch):
     "The demo, but with two sections of three small networks."
     net = lambda section, name, **kwargs: Run(section, name, "shufflenet_v2_x0_5", training={"epochs": 1}, **kwargs)
-    runs = {"baseline": [net("baseline", "plain")], "color_jitter": [net("color_jitter", "baseline"), net("color_jitter", "contrast 5", stem="imagenet", transform=ColorJitter(contrast=5.))]}
+    runs = {"baseline": [net("baseline", "plain")],
+            "color_jitter": [net("color_jitter", "baseline"), net("color_jitter", "contrast 5", stem="imagenet", transform=ColorJitter(contrast=5.))]}
     for section in SECTIONS: monkeypatch.setitem(SECTIONS, section, lambda section=section: runs.get(section, []))
     for section in list(DEMO): monkeypatch.delitem(DEMO, section)
     for section, own in runs.items(): monkeypatch.setitem(DEMO, section, tuple(r.name for r in own))
@@ -78,7 +79,8 @@ def test_the_demo_writes_records_models_figures_and_a_report(tmp_path, monkeypat
     monkeypatch.setattr("robustcv.__main__.write_report", lambda path, results, scale: f"{path} of {results} at {scale}")
     out = tmp_path / "demo"
     text = call("demo", "--scale", "smoke", "--out", out)
-    assert [(r["section"], r["name"]) for r in load_records(out / "results")] == [("baseline", "plain"), ("color_jitter", "baseline"), ("color_jitter", "contrast 5")]
+    assert [(r["section"], r["name"]) for r in load_records(out / "results")] == [("baseline", "plain"), ("color_jitter", "baseline"),
+                                                                                  ("color_jitter", "contrast 5")]
     figures = {f.name for f in (out / "figures").glob("*.png")}
     assert {"summary-smoke-claims.png", "summary-smoke-scoreboard.png", "color_jitter-smoke-fields.png"} <= figures and f"({len(figures)})" in text
     assert "no evidence about natural" in text and "C21" in text and "worst" in text and f"report: {out / 'report.html'} of {out / 'results'} at smoke" in text
@@ -112,7 +114,8 @@ def test_a_dry_run_lists_what_is_missing_and_trains_nothing(tmp_path, minute, mo
 
 def test_a_grid_starts_from_pretrained_weights(tmp_path, tiny, monkeypatch, hub):
     monkeypatch.setitem(SECTIONS, "baseline", lambda: [Run("baseline", "plain", training={"epochs": 1})])
-    for name in ("smoke", "smoke-pretrained"): monkeypatch.setitem(SCALES, name, replace(SCALES[name], classes=2, train_per_class=4, val_per_class=3, batch_size=4))
+    for name in ("smoke", "smoke-pretrained"):
+        monkeypatch.setitem(SCALES, name, replace(SCALES[name], classes=2, train_per_class=4, val_per_class=3, batch_size=4))
     official = torchvision.models.resnet18().state_dict()
     hub("resnet18", torchvision.models.ResNet18_Weights.IMAGENET1K_V1, official)
     run = ("run", "baseline", "--scale", "smoke", "--data", tiny, "--results", tmp_path / "results", "--folder", tmp_path / "runs")
@@ -200,7 +203,7 @@ def test_records_of_other_images_are_left_out_with_a_warning(tmp_path, minute, t
     where = ("--scale", "smoke", "--results", tmp_path / "results", "--folder", tmp_path / "runs")
     call("run", "baseline", *where, "--data", tiny)
     call("run", "color_jitter", *where, "--data", photos(tmp_path / "photos"))
-    with pytest.warns(UserWarning, match="of 3 records at scale 'smoke', 2 are of other images than tiny/train"): # the files are read in the order of their names
+    with pytest.warns(UserWarning, match="of 3 records at scale 'smoke', 2 are of other images than tiny/train"): # files are read in the order of their names
         text = call("scoreboard", *where[:4])
     assert "baseline / plain" in text and "color_jitter" not in text
     with (tmp_path / "results" / "baseline.jsonl").open("a") as f: f.write('{"schema": 1, "id": "cut')

@@ -201,11 +201,13 @@ def test_there_is_a_colour_for_each_of_many_models():
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True).stdout.strip()
     host = core._HOST
-    names = [f".file.{host}-{gone}-1a.part", f".file.{host}-{os.getpid()}-1a.part", f".file.another-{gone}-1a.part", f".other.{host}-{gone}-1a.part", f".file.{host}-x-1a.part"]
+    names = [f".file.{host}-{gone}-1a.part", f".file.{host}-{os.getpid()}-1a.part", f".file.another-{gone}-1a.part",
+             f".other.{host}-{gone}-1a.part", f".file.{host}-x-1a.part"]
     for n in names: (tmp_path/n).write_text("half")
     with atomic_path(tmp_path/"file") as part: part.write_text("whole")
     assert {p.name for p in tmp_path.iterdir()} == {"file", *names[1:]}, "only what a process that is no more left of the same file, on this machine"
 
-@pytest.mark.parametrize("error, said", [(torch.OutOfMemoryError("CUDA"), True), (MemoryError(), True), (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+@pytest.mark.parametrize("error, said", [(torch.OutOfMemoryError("CUDA"), True), (MemoryError(), True),
+    (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried"), True),
     (RuntimeError("shape mismatch"), False), (ValueError("can't allocate memory"), False)])
 def test_errors_that_mean_no_memory(error, said): assert core.out_of_memory(error) is said

@@ -14,7 +14,8 @@ from torchvision.transforms.v2 import functional as tv
 from robustcv.core import IMAGENET_STD, normalized
 from robustcv.data import ImageSet
 from robustcv.fgsm import Transferred, fgsm
-from robustcv.evaluation import COLUMNS, TrustWarning, check_results, check_trust, compare, evaluate, pack, plot_bars, plot_confusions, plot_strength, unpack, wilson
+from robustcv.evaluation import (COLUMNS, TrustWarning, check_results, check_trust, compare, evaluate, pack, plot_bars, plot_confusions,
+                                 plot_strength, unpack, wilson)
 from robustcv.perturbations import (Perturbation, attack_perturbations, color_perturbations, erase_perturbations, occlude, show_perturbations,
                                     standard_perturbations)
 from robustcv.stability import add_noise
@@ -354,7 +355,8 @@ def test_attacks_are_measured_on_the_network_itself_and_on_others_examples():
     assert t.loc["PGD-20", .2].n == 10 and t.loc["strong attacks", .2].n == 6
     assert not t.loc["PGD-20", .2].hits.any() and not t.loc["strong attacks", .2].hits.any(), "a linear model has nothing to resist with"
     rows = table(Constant().eval(), data, attack_perturbations(None, (), (10, 6), steps=5, targets=2, queries=10))
-    assert [r.hits.tolist() for r in rows.itertuples()] == [(y[torch.linspace(0, 39, k).long()] == 0).tolist() for k in (10, 6)], "one that cannot be moved does"
+    assert [r.hits.tolist() for r in rows.itertuples()] == [(y[torch.linspace(0, 39, k).long()] == 0).tolist()
+                                                            for k in (10, 6)], "one that cannot be moved does"
 
 
 def test_a_network_that_has_changed_is_attacked_anew():
@@ -398,13 +400,14 @@ def results(*found):
 @pytest.mark.parametrize("found, said", [
     ([("clean", math.nan, 24, 400)], "clean accuracy is at chance"), ([("FGSM", .2, 10, 400), ("PGD-20", .2, 60, 400)], "FGSM 0.2 leaves 2.5 %, PGD-20 15.0 %"),
     ([("PGD-20", .2, 10, 400), ("strong attacks", .2, 30, 200)], "PGD-20 0.2 leaves 2.5 %, strong attacks 15.0 %"),
-    ([("FGSM from DenseNet-121", .1, 10, 400), ("FGSM", .1, 60, 400)], "FGSM from DenseNet-121 0.1 leaves"), ([("random signs", .1, 10, 400), ("FGSM", .1, 60, 400)], "random signs 0.1 leaves")])
+    ([("FGSM from DenseNet-121", .1, 10, 400), ("FGSM", .1, 60, 400)], "FGSM from DenseNet-121 0.1 leaves"),
+    ([("random signs", .1, 10, 400), ("FGSM", .1, 60, 400)], "random signs 0.1 leaves")])
 def test_results_that_cannot_be_are_warned_of(found, said):
     with pytest.warns(TrustWarning, match=said) as told: check_results(results(*found), 20)
     assert len(told) == 1 and "05_evaluation" in str(told[0].message)
 
-@pytest.mark.parametrize("found", [[("clean", math.nan, 60, 400)], [("clean", math.nan, 2, 40)], [("FGSM", .2, 60, 400), ("PGD-20", .2, 10, 400)], [("FGSM", .2, 12, 400), ("PGD-20", .2, 14, 400)],
-    [("FGSM", .3, 10, 400), ("PGD-20", .2, 60, 400)], [("noise", .3, 0, 400), ("FGSM", .3, 60, 400)]])
+@pytest.mark.parametrize("found", [[("clean", math.nan, 60, 400)], [("clean", math.nan, 2, 40)], [("FGSM", .2, 60, 400), ("PGD-20", .2, 10, 400)],
+    [("FGSM", .2, 12, 400), ("PGD-20", .2, 14, 400)], [("FGSM", .3, 10, 400), ("PGD-20", .2, 60, 400)], [("noise", .3, 0, 400), ("FGSM", .3, 60, 400)]])
 def test_results_that_can_be_are_not_warned_of(found):
     with warnings.catch_warnings(): warnings.simplefilter("error"); check_results(results(*found), 20)
 
@@ -427,10 +430,12 @@ def test_evaluation_goes_on_with_smaller_batches(error):
         seen.append(len(x))
         if len(x) > 6: raise error
         return x
-    with pytest.warns(UserWarning, match="going on with") as told: rows = table(model, perturbations=[*CLEAN, Perturbation("greedy", greedy), *CLEAN], batch_size=20)
+    with pytest.warns(UserWarning, match="going on with") as told:
+        rows = table(model, perturbations=[*CLEAN, Perturbation("greedy", greedy), *CLEAN], batch_size=20)
     assert [str(w.message).split(" images")[0].split()[-1] for w in told] == ["10", "5"] and seen == [20, 10, 5, 5, 5, 5]
     assert rows.correct.nunique() == 1 and (rows.n == 20).all()
 
 def test_an_image_that_does_not_fit_is_an_error():
     def greedy(x, y, m): raise torch.OutOfMemoryError("too large")
-    with pytest.warns(UserWarning, match="going on with 1 images"), pytest.raises(torch.OutOfMemoryError): table(perturbations=[Perturbation("greedy", greedy)], batch_size=2)
+    with pytest.warns(UserWarning, match="going on with 1 images"), pytest.raises(torch.OutOfMemoryError):
+        table(perturbations=[Perturbation("greedy", greedy)], batch_size=2)

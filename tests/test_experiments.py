@@ -21,8 +21,8 @@ from robustcv.perturbations import ORBIT, Perturbation, standard_perturbations
 from robustcv.evaluation import COLUMNS, unpack
 from robustcv.experiments import Run, describe_data, run_section, scale_data
 from robustcv.tables import by_name, caption, corruption_table, member_table, filters, one_setting, orientation_table, pool, table
-from robustcv.figures import (draw_figures, draw_models, plot_attacks, plot_corruptions, plot_cost, plot_degraded, plot_example, plot_fields, plot_occlusion, plot_orientations,
-                              plot_response, plot_runs, plot_selectivity, plot_trade_off, plot_watched)
+from robustcv.figures import (draw_figures, draw_models, plot_attacks, plot_corruptions, plot_cost, plot_degraded, plot_example, plot_fields,
+                              plot_occlusion, plot_orientations, plot_response, plot_runs, plot_selectivity, plot_trade_off, plot_watched)
 from robustcv.grids import baseline
 from robustcv.models import build_model, load_model
 from robustcv.multi_task import multi_task_loss
@@ -165,7 +165,8 @@ def test_the_illustration_shows_image_sign_and_sum():
 def orbit(k): return {p: few(k - i) for i, p in enumerate(ORBIT[1:])}
 
 def turned_records():
-    return [record(n, hits=few(9), under=orbit(k) | {("same in all orientations", None): few(2), ("symmetrized", None): few(k)}, section="symmetry") for n, k in (("baseline", 7), ("all", 8))]
+    return [record(n, hits=few(9), under=orbit(k) | {("same in all orientations", None): few(2), ("symmetrized", None): few(k)}, section="symmetry")
+            for n, k in (("baseline", 7), ("all", 8))]
 
 def test_eight_bars_a_model_and_what_averaging_gains():
     bars = plot_orientations(turned_records()).containers
@@ -175,7 +176,8 @@ def test_eight_bars_a_model_and_what_averaging_gains():
     assert [pytest.approx(v) for v in lines] == [[(90 + sum(range(10, 80, 10)))/8, 70], [(90 + sum(range(20, 90, 10)))/8, 80]]
 
 def test_runs_with_the_same_filters_share_a_line():
-    other = record("other", section="symmetry"); other["metrics"]["filters"] = {**FILTERS, "float16": base64.b64encode(np.ones(108).astype("<f2").tobytes()).decode()}
+    other = record("other", section="symmetry")
+    other["metrics"]["filters"] = {**FILTERS, "float16": base64.b64encode(np.ones(108).astype("<f2").tobytes()).decode()}
     labels = [line.get_label() for line in plot_selectivity([*turned_records(), other]).lines]
     assert labels == ["baseline, all", "other", "random"]
     again = {**other, "name": "baseline", "seed": other["seed"] + 1, "id": "again"}
@@ -183,7 +185,8 @@ def test_runs_with_the_same_filters_share_a_line():
 
 def noisy_records():
     corrupted = {(f"corruption: {kind}", s): few(6 - s) for kind in ("jpeg", "pixelate") for s in (1, 3)}
-    return [record(n, hits=few(9), under={("noise, article", .1): few(k), ("noise, article", .4): few(1), ("certified", 0.): few(4), ("certified", .1): few(2)} | corrupted, section="stability")
+    return [record(n, hits=few(9), under={("noise, article", .1): few(k), ("noise, article", .4): few(1), ("certified", 0.): few(4),
+                                          ("certified", .1): few(2)} | corrupted, section="stability")
             for n, k in (("baseline", 5), ("α = 1", 7))]
 
 def test_the_trade_off_is_clean_accuracy_against_noise_and_corruptions_are_averaged_over_severities():
@@ -194,7 +197,8 @@ def test_the_trade_off_is_clean_accuracy_against_noise_and_corruptions_are_avera
 
 def test_corruptions_in_two_numbers():
     a, b = noisy_records()
-    b["metrics"]["evaluation"] = [dict(e, **{k: evaluation(few(8))[k] for k in ("hits", "correct")}) if e["perturbation"] == "corruption: jpeg" else e for e in b["metrics"]["evaluation"]]
+    b["metrics"]["evaluation"] = [dict(e, **{k: evaluation(few(8))[k] for k in ("hits", "correct")}) if e["perturbation"] == "corruption: jpeg" else e
+                                  for e in b["metrics"]["evaluation"]]
     t = corruption_table([a, b]).set_index("model")
     right = np.mean([few(5), few(3)], 0)
     assert t.loc["baseline"].to_list() == ["90.0", f"40.0 ± {100*1.959964*right.std(ddof=1)/10**.5:.1f}", "100"]
@@ -228,7 +232,8 @@ def figure_names(records, folder):
     (attacked(), ["curves", "perturbations", "attacks", "watched"]), (erased(), ["runs", "occlusion"]), (erased()[1:3], ["curves", "perturbations"]),
     (turned_records(), ["curves", "perturbations", "orientations", "selectivity", "cost", "filters"]),
     (noisy_records(), ["curves", "perturbations", "trade-off", "corruptions", "noise", "certified"])],
-    ids=["baseline", "many runs", "jitter", "some jitter", "jitter without a baseline", "attacks", "erase", "erase without a baseline", "symmetry", "stability"])
+    ids=["baseline", "many runs", "jitter", "some jitter", "jitter without a baseline", "attacks", "erase", "erase without a baseline",
+         "symmetry", "stability"])
 def test_every_section_has_its_figures(records, expected, tmp_path): assert figure_names(records, tmp_path/"figures") == expected
 
 
@@ -415,7 +420,8 @@ def test_pictures_whose_networks_are_not_there_are_left_out_with_a_warning(tmp_p
     assert files == [] == list((tmp_path/"figures").iterdir())
 
 def test_accuracy_and_gap_are_drawn_by_the_quality_of_the_boxes():
-    records = [record(n, hits=few(k), training=10.*k + 20, section="multi_task") for n, k in {"baseline": 5, "multi-task": 6, "β = 10": 1, "boxes whole 1": 4}.items()]
+    records = [record(n, hits=few(k), training=10.*k + 20, section="multi_task")
+               for n, k in {"baseline": 5, "multi-task": 6, "β = 10": 1, "boxes whole 1": 4}.items()]
     left, right = plot_degraded(records)
     assert [t.get_text() for t in left.get_yticklabels()] == ["no boxes", "boxes as given", "boxes whole 1"] and left.yaxis_inverted()
     assert [float(p.get_xdata()[0]) for p, _, _ in points(left)] == pytest.approx([50, 60, 40])

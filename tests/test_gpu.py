@@ -80,7 +80,8 @@ def build_same(name):
 def test_objectives_that_change_are_recorded_anew_and_others_not_at_all():
     config = Training(3, 16, lr=.01)
     for objective in (adv.WarmUp(adv.adversarial_loss), adv.FreeAdversarial(), mixed_loss):
-        history = fit(build_model("resnet18", 4), images(), images(8), objective, Compose(RandomHorizontalFlip(), RandomCrop(64, 4, "reflect")), config, device="cuda")
+        history = fit(build_model("resnet18", 4), images(), images(8), objective, Compose(RandomHorizontalFlip(), RandomCrop(64, 4, "reflect")),
+                      config, device="cuda")
         assert len(history) == 3 and history.loss.notna().all() and (history.loss < 3).all()
 
 def test_training_resumes(tmp_path):
@@ -93,8 +94,9 @@ def test_training_resumes(tmp_path):
 def test_cached_features_are_trained_on():
     assert len(fit_from(build_model("resnet18", 4), "layer4", images(), images(8), Training(2, 16, lr=.01), device="cuda")) == 2
 
-TRANSFORMS = [RandomHorizontalFlip(), RandomVerticalFlip(), RandomCrop(64, 4), RandomCrop(64, 4, "reflect"), Compose(RandomCrop(56), Pad(4)), RandomAffine(15, (.1, .1), (.9, 1.1), 10, "bilinear"),
-              RandomRotation(15, "bilinear"), RandomGrayscale(.5), RandomGaussianBlur(5, (.5, 2.), .5), ColorJitter(.4, .4, .4, .1), ColorJitter(.4, .4, .4, .1, "chunk"), RandomErase(),
+TRANSFORMS = [RandomHorizontalFlip(), RandomVerticalFlip(), RandomCrop(64, 4), RandomCrop(64, 4, "reflect"), Compose(RandomCrop(56), Pad(4)),
+              RandomAffine(15, (.1, .1), (.9, 1.1), 10, "bilinear"), RandomRotation(15, "bilinear"), RandomGrayscale(.5),
+              RandomGaussianBlur(5, (.5, 2.), .5), ColorJitter(.4, .4, .4, .1), ColorJitter(.4, .4, .4, .1, "chunk"), RandomErase(),
               RandomErase(value="mean"), GaussianDistortion(), RandomNoise(normalized(.1)), RandomSymmetry()]
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)

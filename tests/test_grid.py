@@ -63,7 +63,8 @@ def test_two_sections_share_a_training(go, tmp_path, tiny):
     assert measured(first) == measured(second) and first["metrics"]["history"] == second["metrics"]["history"]
     assert first["metrics"]["filters"] == second["metrics"]["filters"]
 
-@pytest.mark.parametrize("change", [dict(training={"epochs": 2}), dict(stem="small"), dict(objective=partial(cross_entropy, label_smoothing=0.)), dict(boxes=True, objective=multi_task_loss)])
+@pytest.mark.parametrize("change", [dict(training={"epochs": 2}), dict(stem="small"), dict(objective=partial(cross_entropy, label_smoothing=0.)),
+                                    dict(boxes=True, objective=multi_task_loss)])
 def test_another_training_is_not_shared(go, tmp_path, tiny, change):
     a = replace(net("a"), model="resnet18") if "stem" in change else net("a")
     go([a]); before = len(calls)
@@ -100,7 +101,8 @@ def test_a_plan_says_what_is_left_and_trains_nothing(go, tmp_path, tiny, monkeyp
     assert [(j.run.name, j.status) for j in jobs] == [("a", "to train"), ("c", "to train"), ("b", "to measure")] and not calls
     assert all(math.isnan(j.seconds) for j in jobs) and not (tmp_path/"runs").exists()
     go([net("a")])
-    monkeypatch.setitem(SECTIONS, "one", lambda: [net("a"), net("c", length=2.)]); monkeypatch.setitem(SECTIONS, "two", lambda: [replace(net("b"), section="two")])
+    monkeypatch.setitem(SECTIONS, "one", lambda: [net("a"), net("c", length=2.)])
+    monkeypatch.setitem(SECTIONS, "two", lambda: [replace(net("b"), section="two")])
     jobs, record = planned(tmp_path, tiny), load_records(tmp_path/"results")[0]
     assert [j.status for j in jobs] == ["on record", "to train", "to measure"] and jobs[0].id == record["id"] # the network of a is there
     shutil.rmtree(tmp_path/"runs")
@@ -131,7 +133,8 @@ def test_members_that_cannot_be_measured_say_so(tiny):
     clean = [Perturbation("clean", lambda x, y, m: x)]
     with pytest.raises(ValueError, match="members: few has 3 outputs, .* has 4 classes"): evaluate_together({"few": few}, {"all": ["few"]}, images, clean)
     with torch.no_grad(): broken.stage("head")[0].bias.fill_(math.nan)
-    with pytest.raises(ValueError, match="perturbation 'clean': the outputs of all are not finite"): evaluate_together({"broken": broken}, {"all": ["broken"]}, images, clean)
+    with pytest.raises(ValueError, match="perturbation 'clean': the outputs of all are not finite"):
+        evaluate_together({"broken": broken}, {"all": ["broken"]}, images, clean)
     model = build_model(MODEL, 4).train()
     evaluate_together({"m": model}, {"all": ["m"]}, images, clean)
     assert model.training
@@ -194,7 +197,8 @@ def test_an_ensemble_of_what_runs_left_is_measured_and_recorded(go, monkeypatch,
         assert records[alone]["metrics"]["valid_accuracy"] == records[n]["metrics"]["valid_accuracy"]
     m = records["ensemble"]["metrics"]
     assert {"random signs", "FGSM"} <= set(rows["ensemble"].perturbation) and m["history"] == [] and 0 <= m["train_accuracy"] <= 100
-    assert m["disagreement"]["one / a"]["one / b"] == m["disagreement"]["one / b"]["one / a"] and records["A"]["metrics"]["disagreement"] == {"one / a": {"one / a": 0}}
+    assert m["disagreement"]["one / a"]["one / b"] == m["disagreement"]["one / b"]["one / a"]
+    assert records["A"]["metrics"]["disagreement"] == {"one / a": {"one / a": 0}}
     assert m["calibration"].keys() == {"temperature", "before", "after"}
     about = describe_data(*scale_data(SCALES["smoke"], tiny))
     members = [trained_model("one", n, SCALES["smoke"], about, tmp_path/"runs") for n in "ab"]
@@ -232,7 +236,8 @@ def test_all_that_claim_to_be_robust_are_held_against_the_same():
 
 def test_a_network_is_measured_once_however_many_sections_ask(go, monkeypatch):
     asked, real = [], experiments.evaluate
-    monkeypatch.setattr(experiments, "evaluate", lambda model, images, perturbations, **how: asked.append([p.name for p in perturbations]) or real(model, images, perturbations, **how))
+    monkeypatch.setattr(experiments, "evaluate", lambda model, images, perturbations, **how:
+                        asked.append([p.name for p in perturbations]) or real(model, images, perturbations, **how))
     monkeypatch.setitem(experiments.EXTRA, "two", lambda: [Perturbation("black", lambda x, y, m: 0*x)])
     a, b = net("a"), replace(net("b"), section="two")
     first, second = go([a], [b])

@@ -337,7 +337,8 @@ def test_load_data_names_classes_of_one_half_only(tmp_path):
     with pytest.raises(ValueError, match="different classes: b, c"): load_data(root)
     with pytest.raises(FileNotFoundError, match="no such folder"): load_data(tmp_path/"nowhere")
 
-@pytest.mark.parametrize("ids, said", [("s00000001 s00000002 s00000001", r"wnids.txt: lists s00000001 more than once"), ("\xff s00000001", r"wnids.txt lists .* unpack")])
+@pytest.mark.parametrize("ids, said", [("s00000001 s00000002 s00000001", r"wnids.txt: lists s00000001 more than once"),
+                                       ("\xff s00000001", r"wnids.txt lists .* unpack")])
 def test_a_damaged_list_of_classes_is_named(official, cache, ids, said):
     (official/"wnids.txt").write_bytes("\n".join(ids.split()).encode("latin1"))
     with pytest.raises((ValueError, OSError), match=said): load_tiny_imagenet(official, "train", cache=cache)

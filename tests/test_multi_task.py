@@ -122,7 +122,8 @@ def test_without_boxes_it_is_a_classifier_like_any_other(model, tmp_path):
         for a, b in zip(again(x, boxes=True), model(x, boxes=True), strict=True): assert torch.equal(a, b)
 
 def test_models_without_a_head_for_boxes_say_so():
-    with pytest.raises(ValueError, match=r"has no head for boxes; build it with build_model\(…, boxes=True\)"): build_model(MODEL, 4)(torch.rand(1, 3, 32, 32), boxes=True)
+    with pytest.raises(ValueError, match=r"has no head for boxes; build it with build_model\(…, boxes=True\)"):
+        build_model(MODEL, 4)(torch.rand(1, 3, 32, 32), boxes=True)
     with pytest.raises(ValueError, match="does not end with a linear layer"): build_model("squeezenet1_1", 4, boxes=True)
 
 def test_predicting_restores_the_mode_and_does_not_depend_on_the_batch_size(model):
@@ -209,7 +210,8 @@ def test_spoiling_leaves_images_and_originals_alone_and_repeats(kind):
 def test_only_known_boxes_are_exchanged():
     data = images(40); data.boxes[::4] = torch.tensor([.5, .2, .5, .9])
     new = degrade_boxes(data, "shuffled", 1.).boxes
-    assert known_boxes(new).equal(known_boxes(data.boxes)) and (new != data.boxes).any(1).sum() == 30 and sorted(map(tuple, new.tolist())) == sorted(map(tuple, data.boxes.tolist()))
+    assert known_boxes(new).equal(known_boxes(data.boxes)) and (new != data.boxes).any(1).sum() == 30
+    assert sorted(map(tuple, new.tolist())) == sorted(map(tuple, data.boxes.tolist()))
 
 def test_a_checkpoint_of_other_boxes_is_not_continued(tiny, tmp_path):
     train, valid = (load_tiny_imagenet(tiny, s) for s in ("train", "val"))
@@ -222,8 +224,8 @@ def test_a_head_for_boxes_is_new_when_weights_come_from_a_file(tmp_path):
     two = build_model(MODEL, 4, weights=tmp_path/"m.safetensors", boxes=True)
     assert torch.equal(two.net.conv1[0].weight, eight.net.conv1[0].weight) and not torch.equal(two.net.fc.weight, eight.net.fc.weight)
 
-@pytest.mark.parametrize("kind, amount, message", [("blur", .1, "unknown kind of degradation 'blur'"), ("whole", 1.5, "amount=1.5"), ("jitter", -.1, "amount=-0.1"),
-                                                   ("jitter", float("inf"), "amount=inf")])
+@pytest.mark.parametrize("kind, amount, message", [("blur", .1, "unknown kind of degradation 'blur'"), ("whole", 1.5, "amount=1.5"),
+                                                   ("jitter", -.1, "amount=-0.1"), ("jitter", float("inf"), "amount=inf")])
 def test_bad_degradations(kind, amount, message):
     with pytest.raises(ValueError, match=message): degrade_boxes(images(4), kind, amount)
 
@@ -270,7 +272,8 @@ def test_bad_probes(model, kwargs, message):
 def test_affine_perturbations_are_torchvisions():
     from torchvision.transforms.v2 import functional as tv
     x = torch.rand(2, 3, 32, 32, generator=gen())
-    theirs = {"rotation": lambda s: dict(angle=-s), "translation": lambda s: dict(translate=[round(s*32)]*2), "scale": lambda s: dict(scale=s), "shear": lambda s: dict(shear=[s, 0.])}
+    theirs = {"rotation": lambda s: dict(angle=-s), "translation": lambda s: dict(translate=[round(s*32)]*2),
+              "scale": lambda s: dict(scale=s), "shear": lambda s: dict(shear=[s, 0.])}
     for p in affine_perturbations():
         how = dict(angle=0., translate=[0, 0], scale=1., shear=[0., 0.]) | theirs[p.name.removeprefix("affine: ")](p.strength)
         torch.testing.assert_close(p.apply(x, None, None), tv.affine(x, interpolation=tv.InterpolationMode.BILINEAR, **how), atol=1e-4, rtol=0)

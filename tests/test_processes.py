@@ -61,7 +61,8 @@ def test_two_processes_learn_what_one_does(objective):
     assert history[:, 0] == pytest.approx(one[:, 0], rel=1e-4) and (history[:, 1:] == one[:, 1:]).all() and (history == other).all()
     assert all(abs(a - b).max() < 1e-4 for a, b in zip(weights, alone, strict=True)) and all((a == b).all() for a, b in zip(weights, same, strict=True))
 
-@pytest.mark.parametrize("objective", [at.adversarial_data_loss, at.fgsm_rs_loss, partial(at.pgd_loss, steps=2), partial(at.trades_loss, steps=2), stability_loss, mixed_loss],
+@pytest.mark.parametrize("objective", [at.adversarial_data_loss, at.fgsm_rs_loss, partial(at.pgd_loss, steps=2), partial(at.trades_loss, steps=2),
+                                       stability_loss, mixed_loss],
                          ids=["data", "FGSM-RS", "PGD", "TRADES", "stability", "mixed"])
 def test_processes_agree_whatever_the_objective(objective):
     "Noise is drawn for a share of the batch, so it is other noise than one process draws; but all have the same weights in the end."

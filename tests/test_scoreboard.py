@@ -24,9 +24,11 @@ def made(name, section="baseline", seed=0, under=None, scale="smoke", start=0, *
     rows = []
     for (perturbation, strength), percent in ({p: min(100, start + v/10) for p, v in STANDARD.items()} if under is None else under).items():
         right = np.arange(1000) < 10*percent
-        rows.append(dict(perturbation=perturbation, strength=strength, unit="", correct=int(right.sum()), n=1000, seconds=0., hits=base64.b64encode(np.packbits(right).tobytes()).decode()))
+        rows.append(dict(perturbation=perturbation, strength=strength, unit="", correct=int(right.sum()), n=1000, seconds=0.,
+                         hits=base64.b64encode(np.packbits(right).tobytes()).decode()))
     data = dict(name="synthetic", synthetic=True, fingerprint="f", classes=2, train=1000, valid=1000, pixels=64)
-    return dict(id=f"{section}{name}{seed}", section=section, name=name, seed=seed, scale=scale, data=data, device="a CPU", commit="abc", config={"run": {"section": section, "name": name, "objective": f"{section} / {name}"}},
+    return dict(id=f"{section}{name}{seed}", section=section, name=name, seed=seed, scale=scale, data=data, device="a CPU", commit="abc",
+                config={"run": {"section": section, "name": name, "objective": f"{section} / {name}"}},
                 metrics=dict(evaluation=rows, train_accuracy=80., valid_accuracy=50., history=HISTORY) | metrics)
 
 def more(**under):
@@ -52,14 +54,16 @@ def test_seeds_are_averaged():
     assert t.loc["baseline / plain", "clean"] == pytest.approx(10) and t.loc["baseline / other", "clean"] == pytest.approx(4) and len(t) == 2
 
 def test_strengths_beyond_the_standard_ones_do_not_count():
-    also = [(("brightness", .25), 0.), (("noise, article", .4), 0.), (("occlusion at 0.1, 0.1", .25), 0.), (("hue", .5), 0.), (("random symmetry", None), 0.), (("uniform noise", .1), 0.)]
+    also = [(("brightness", .25), 0.), (("noise, article", .4), 0.), (("occlusion at 0.1, 0.1", .25), 0.), (("hue", .5), 0.),
+            (("random symmetry", None), 0.), (("uniform noise", .1), 0.)]
     t = scoreboard([made("E", "random_erase", under=more(also=also))])
     assert list(t) == [*SIZES, "mean", "worst"] and (t.iloc[0] == 50).all()
 
 def test_further_families_are_means_of_what_was_measured_and_no_part_of_mean_and_worst():
-    also = [(("JPEG", 80.), 10.), (("JPEG", 10.), 20.), (("corruption: fog", 1.), 1.), (("corruption: jpeg", 5.), 4.), (("affine: shear", 15.), 7.), (("affine: scale", .75), 9.),
-            (("FGSM from A", .2), 30.), (("FGSM from B, not augmented", .2), 20.), (("FGSM from A", .1), 90.), (("FGSM", .2), 6.), (("FGSM", .05), 80.), (("PGD-20", .2), 5.),
-            (("strong attacks", .2), 3.), (("random signs", .2), 0.)]
+    also = [(("JPEG", 80.), 10.), (("JPEG", 10.), 20.), (("corruption: fog", 1.), 1.), (("corruption: jpeg", 5.), 4.),
+            (("affine: shear", 15.), 7.), (("affine: scale", .75), 9.),
+            (("FGSM from A", .2), 30.), (("FGSM from B, not augmented", .2), 20.), (("FGSM from A", .1), 90.), (("FGSM", .2), 6.),
+            (("FGSM", .05), 80.), (("PGD-20", .2), 5.), (("strong attacks", .2), 3.), (("random signs", .2), 0.)]
     t = scoreboard([made("all", under=more(also=also)), made("plain", under=more())])
     assert list(t) == [*SIZES, "JPEG", "corruptions", "affine", "FGSM, transferred", "FGSM", "PGD-20", "strong attacks", "mean", "worst"]
     assert t.iloc[0][list(t)[9:]].tolist() == pytest.approx([15, 2.5, 8, 25, 6, 5, 3, 50, 50])
@@ -82,14 +86,17 @@ def test_a_seed_that_lacks_a_family_leaves_the_others():
 # rows
 
 def test_rows_are_in_the_order_of_the_sections():
-    records = [made("two phases", "symmetry"), made("mine", "elsewhere"), made("E", "random_erase"), made("plain"), made("FE", "random_erase"), made("E", "random_erase", 1)]
+    records = [made("two phases", "symmetry"), made("mine", "elsewhere"), made("E", "random_erase"), made("plain"), made("FE", "random_erase"),
+               made("E", "random_erase", 1)]
     assert scoreboard(records).index.tolist() == ["baseline / plain", "random_erase / E", "random_erase / FE", "symmetry / two phases", "elsewhere / mine"]
 
 def test_a_network_that_several_sections_measure_has_one_row_with_all_that_they_measured():
     alike = dict(config={"run": {"section": "baseline", "name": "plain", "model": "resnet18"}, "training": {"lr": .1}})
-    again = {"config": {"run": {"section": "stability", "name": "baseline", "model": "resnet18", "sources": [["a", "b"]], "members": []}, "training": {"lr": .1}}}
+    again = {"config": {"run": {"section": "stability", "name": "baseline", "model": "resnet18", "sources": [["a", "b"]], "members": []},
+                        "training": {"lr": .1}}}
     other = {"config": {"run": {"section": "stability", "name": "α = 1", "model": "resnet18", "objective": "f"}, "training": {"lr": .1}}}
-    records = [made("α = 1", "stability") | other, made("baseline", "stability", under=more(also=[(("JPEG", 30.), 40.)])) | again, made("plain", start=10) | alike, made("plain", seed=1, start=20) | alike]
+    records = [made("α = 1", "stability") | other, made("baseline", "stability", under=more(also=[(("JPEG", 30.), 40.)])) | again,
+               made("plain", start=10) | alike, made("plain", seed=1, start=20) | alike]
     board = scoreboard(records)
     assert board.index.tolist() == ["baseline / plain", "stability / α = 1"] and board.JPEG.tolist()[0] == 40 and np.isnan(board.JPEG.iloc[1])
     first, second = (scoreboard([r])["clean"].iloc[0] for r in records[2:])
@@ -108,8 +115,9 @@ def test_runs_are_chosen_by_section_and_name():
     assert scoreboard(records, names).index.tolist() == names[:2]
 
 @pytest.mark.parametrize("records, runs, said", [
-    ([], None, "no records"), ([made("plain"), made("plain", scale="lite")], None, "records of 2 settings"), ([made("plain"), {**made("plain"), "id": "again"}], None, "on record with several settings"),
-    ([made("plain")], ["plain"], "unknown run 'plain'"), ([made("plain")], ["baseline / plane"], "did you mean 'baseline / plain'"), ([made("plain")], [], "none is named")])
+    ([], None, "no records"), ([made("plain"), made("plain", scale="lite")], None, "records of 2 settings"),
+    ([made("plain"), {**made("plain"), "id": "again"}], None, "on record with several settings"), ([made("plain")], ["plain"], "unknown run 'plain'"),
+    ([made("plain")], ["baseline / plane"], "did you mean 'baseline / plain'"), ([made("plain")], [], "none is named")])
 def test_what_cannot_be_shown_is_refused(records, runs, said):
     with pytest.raises(ValueError, match=said): scoreboard(records, runs)
 
@@ -133,7 +141,8 @@ def test_the_heat_map_shows_numbers_blanks_and_sections():
     assert [x.get_text() for x in ax.get_yticklabels()] == t.index.tolist() and [x.get_text() for x in ax.get_xticklabels()] == t.columns.tolist()
     assert ax.get_xlabel() == "blank: not measured" and plt.matplotlib.colors.to_hex(ax.get_facecolor()) == "#e6e6e6"
     lines = [(line.get_xdata(), line.get_ydata()) for line in ax.lines]
-    assert [x[0] for x, y in lines if x[0] == x[1]] == [t.shape[1] - 2] and [y[0] for x, y in lines if y[0] == y[1]] == [1], "before mean and worst; between sections"
+    assert [x[0] for x, y in lines if x[0] == x[1]] == [t.shape[1] - 2], "before mean and worst"
+    assert [y[0] for x, y in lines if y[0] == y[1]] == [1], "between sections"
     assert plot_scoreboard(t.drop(columns="JPEG")).get_xlabel() == ""
     own = plt.figure().gca()
     assert plot_scoreboard(t, own) is own

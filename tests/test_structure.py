@@ -13,13 +13,14 @@ import robustcv
 HERE = Path(robustcv.__file__).parent
 LAYERS = [["core"], ["cache", "download", "drawing"], ["data"], ["synthetic", "transforms", "models"],
           ["color_jitter", "random_erase", "fgsm", "stability", "symmetry", "multi_task", "ensemble", "recipe"], ["adversarial_training"],
-          ["perturbations", "training"], ["evaluation", "grids", "features"], ["experiments", "tables", "scaling"], ["claims", "scoreboard", "benchmarks"], ["figures"], ["__main__"]]
+          ["perturbations", "training"], ["evaluation", "grids", "features"], ["experiments", "tables", "scaling"],
+          ["comparisons"], ["claims", "scoreboard", "benchmarks"], ["figures"], ["__main__"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SECTIONS = {*LAYERS[4], *LAYERS[5]}
 MODULES = sorted(f.stem for f in HERE.glob("*.py") if f.stem not in ("__init__", "_modidx"))
 PACKAGES = {"torch", "torchvision", "numpy", "pandas", "scipy", "matplotlib", "seaborn", "tqdm", "accelerate", "safetensors",
             "typer", "PIL", "filelock"}
-OPTIONAL = {"nbclient", "nbconvert", "nbformat", "timm", "kornia", "albumentations", "cv2", "torchattacks", "foolbox", "art"} # used where they happen to be installed
+OPTIONAL = {"nbclient", "nbconvert", "nbformat", "timm", "kornia", "albumentations", "cv2", "torchattacks", "foolbox", "art"} # used where they are installed
 
 def imports(name):
     "Modules of this package, and top-level packages, that a module imports anywhere."

@@ -117,8 +117,8 @@ def sets(tmp_path_factory):
 
 def fresh(name="resnet18"): torch.manual_seed(0); return build_model(name, 4)
 
-@pytest.mark.parametrize("name, first", [("resnet18", "layer1"), ("resnet18", "layer3"), ("resnet18", "head"), ("densenet121", "layer3"), ("densenet121", "head"),
-                                         ("mobilenet_v2", "head")])
+@pytest.mark.parametrize("name, first", [("resnet18", "layer1"), ("resnet18", "layer3"), ("resnet18", "head"), ("densenet121", "layer3"),
+                                         ("densenet121", "head"), ("mobilenet_v2", "head")])
 def test_the_two_parts_make_up_the_network(name, first):
     model, x = fresh(name).eval(), images(2, 64)
     before, after = split_at(model, first)
@@ -147,7 +147,8 @@ def test_features_that_do_not_fit_are_computed_anew(sets, capsys):
 
 def test_a_pooled_head_is_trained_on_the_average_over_the_orbit(sets):
     config, model = Training(2, 12, lr=.02, precision="fp32"), fresh()
-    cached, plain = fit_from(model, "head", *sets, config, device="cpu", pooled=True), fit(symmetrize(fresh().freeze_below("head")), *sets, config=config, device="cpu")
+    cached, plain = (fit_from(model, "head", *sets, config, device="cpu", pooled=True),
+                     fit(symmetrize(fresh().freeze_below("head")), *sets, config=config, device="cpu"))
     for column in ("loss", "valid_accuracy"): torch.testing.assert_close(*(torch.tensor(h[column].values) for h in (cached, plain)), rtol=1e-3, atol=1e-4)
     anew = fit_from(fresh(), "head", *sets, config, device="cpu", pooled=True, most=1e-9)
     torch.testing.assert_close(torch.tensor(anew.loss.values), torch.tensor(cached.loss.values), rtol=1e-3, atol=1e-4)
@@ -173,7 +174,8 @@ def test_the_best_weights_can_be_kept(sets):
     assert best == pytest.approx(h.valid_accuracy.max()) and not model.training
 
 def test_interrupted_training_on_features_is_continued_from_the_last_checkpoint(sets, tmp_path, monkeypatch):
-    clock, train = itertools.count(0, 31.), lambda **kwargs: fit_from(model := fresh(), "layer4", *sets, Training(4, 12, lr=.02, precision="fp32"), device="cpu", **kwargs) is not None and model
+    clock, config = itertools.count(0, 31.), Training(4, 12, lr=.02, precision="fp32")
+    train = lambda **kwargs: fit_from(model := fresh(), "layer4", *sets, config, device="cpu", **kwargs) is not None and model
     monkeypatch.setattr("robustcv.training.time.perf_counter", lambda: next(clock)) # every epoch takes longer than checkpoints are apart
     whole, epoch, seen = train(), _Cached.epoch, []
     def stopped(self, n):
@@ -199,7 +201,8 @@ def test_features_of_every_orientation_are_those_of_the_turned_images(sets):
 def test_a_turned_set_is_the_same_set_in_random_orientations(sets):
     t = turned(sets[0])
     found = [next(e for e in range(8) if apply_symmetry(a, e).equal(b)) for a, b in zip(sets[0].images, t.images, strict=True)]
-    assert set(found) == set(range(8)) and t.labels.equal(sets[0].labels) and t.images.equal(turned(sets[0]).images) and not t.images.equal(turned(sets[0], 1).images)
+    assert set(found) == set(range(8)) and t.labels.equal(sets[0].labels)
+    assert t.images.equal(turned(sets[0]).images) and not t.images.equal(turned(sets[0], 1).images)
     assert t.fingerprint != sets[0].fingerprint and t.classes == sets[0].classes
 
 def test_an_unknown_stage_is_named(sets):

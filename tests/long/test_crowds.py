@@ -40,7 +40,8 @@ def test_a_crowd_that_draws_the_same_images_gets_one_set(tmp_path):
 
 def test_a_crowd_that_appends_to_the_same_records_loses_none(tmp_path):
     def work(i):
-        for k in range(50): append_record(tmp_path/"r.jsonl", make_record("s", f"{i} {k}", "smoke", {"text": "x"*5000}, i, {"fingerprint": "f"}, torch.device("cpu"), 1., {}))
+        for k in range(50):
+            append_record(tmp_path/"r.jsonl", make_record("s", f"{i} {k}", "smoke", {"text": "x"*5000}, i, {"fingerprint": "f"}, torch.device("cpu"), 1., {}))
     together(work)
     found = {r["name"] for r in load_records(tmp_path/"r.jsonl")}
     assert found == {f"{i} {k}" for i in range(CROWD) for k in range(50)}

@@ -33,7 +33,7 @@ def refused(work, path):
 def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(disk, tmp_path):
     images = ImageSet(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 2, ("a", "b"))
     def go(folder, watch=None):
-        torch.manual_seed(0); model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 12), nn.Linear(12, 2)) # 0.15 MB, and as much of momentum and of the best weights
+        torch.manual_seed(0); model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 12), nn.Linear(12, 2)) # 0.15 MB, as much of momentum and of the best weights
         history = fit(model, images, images, config=Training(epochs=3, batch_size=4, lr=1e-3, precision="fp32"), device="cpu", folder=folder, watch=watch)
         return history.drop(columns=["seconds", "images_per_second"]), model.state_dict()
     def fills_up(model, valid): # after the first epoch

@@ -99,7 +99,8 @@ def test_damaged_checkpoints(tmp_path):
 
 def test_damaged_records(tmp_path):
     path, rng = tmp_path/"records.jsonl", random.Random(0)
-    for i in range(3): append_record(path, make_record("s", f"run {i}", "smoke", {"lr": .1}, i, {"fingerprint": "f"}, torch.device("cpu"), 1., {"accuracy": .5}))
+    for i in range(3):
+        append_record(path, make_record("s", f"run {i}", "smoke", {"lr": .1}, i, {"fingerprint": "f"}, torch.device("cpu"), 1., {"accuracy": .5}))
     content = path.read_bytes()
     for _ in range(1500):
         path.write_bytes(damaged(content, rng))

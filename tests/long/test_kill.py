@@ -62,7 +62,8 @@ def grid(tiny, monkeypatch):
     monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], classes=4, train_per_class=6, val_per_class=3, batch_size=4, epochs=12, seeds=(0, 1)))
     monkeypatch.setitem(SECTIONS, "tiny", lambda: RUNS)
     monkeypatch.setattr(experiments, "standard_perturbations", lambda: [Perturbation("clean", lambda x, y, m: x)])
-    return lambda folder: lambda: run_sections(["tiny"], "smoke", data=tiny, results=folder/"results", folder=folder/"runs", device="cpu", say=lambda line: None, cache=folder/"cache")
+    return lambda folder: lambda: run_sections(["tiny"], "smoke", data=tiny, results=folder/"results", folder=folder/"runs", device="cpu",
+                                               say=lambda line: None, cache=folder/"cache")
 
 def outcome(folder):
     "Everything that a grid leaves, without times: weights as bytes, records and learning curves."

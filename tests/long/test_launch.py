@@ -13,7 +13,8 @@ def torchrun(*args, timeout=300):
     return subprocess.run(call, capture_output=True, text=True, timeout=timeout)
 
 def test_a_grid_on_two_processes(tmp_path):
-    done = torchrun("-m", "robustcv", "run", "baseline", "--scale", "smoke", "--only", "plain", "--device", "cpu", "--results", tmp_path/"results", "--folder", tmp_path/"runs")
+    done = torchrun("-m", "robustcv", "run", "baseline", "--scale", "smoke", "--only", "plain", "--device", "cpu",
+                    "--results", tmp_path/"results", "--folder", tmp_path/"runs")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": validation") == 1 and done.stdout.count("baseline: scale smoke") == 1 and len(load_records(tmp_path/"results")) == 1
 
@@ -60,7 +61,8 @@ def test_every_launcher_comes_to_the_weights_of_torchrun(launcher, tmp_path):
     expected = lines(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script])
     with socket.socket() as s: s.bind(("localhost", 0)); port = s.getsockname()[1]
     machine = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "localhost", "--master_port", port, "--node_rank"]
-    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
+                  "--mixed_precision", "no", "--dynamo_backend", "no"]
     calls = {"notebook_launcher": [["-c", SCRIPT + "notebook_launcher(train, num_processes=2)"]], "accelerate launch": [[*accelerate, script]],
              "two machines": [[*machine, 0, script], [*machine, 1, script]]}
     assert lines(*calls[launcher]) == expected and len(expected[0]) == 1 and expected[1] == 2
