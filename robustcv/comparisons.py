@@ -36,9 +36,12 @@ def shares_right(record:dict, # of a run
                  where:tuple=CLEAN, # a condition, or several
                 ): # (n,): for each image, 0 or 1, or the share of the conditions; `KeyError`: not measured
     "Which images a record has right."
-    by = {(e["perturbation"], e["strength"]): e for e in record["metrics"]["evaluation"]}
-    if lacks := [p for p in conditions(where) if p not in by]: raise KeyError(f"{record['name']}: not measured under '{lacks[0][0]}' {lacks[0][1] or ''}")
-    return np.mean([right(by[p]) for p in conditions(where)], 0)
+    rows = _rows(record)
+    if lacks := [p for p in conditions(where) if p not in rows]: raise KeyError(f"{record['name']}: not measured under '{lacks[0][0]}' {lacks[0][1] or ''}")
+    return _shares(rows, where)
+
+def _rows(record): return {(e["perturbation"], e["strength"]): e for e in record["metrics"]["evaluation"]}
+def _shares(rows, where): return np.mean([right(rows[p]) for p in conditions(where)], 0)
 
 def common_conditions(records:list) -> tuple:
     "The conditions that all records have, on as many images as the clean ones, and that do not look at the network."
@@ -74,9 +77,9 @@ def _seed_variance(networks, where):
     "Of an accuracy in points: the variance over seeds that disagreement about single images does not explain, which may come out negative; degrees of freedom."
     total, df = 0., 0
     for network in networks:
-        have = {r["seed"]: r for r in reversed(network) if accuracy_under(r, where) is not None}
+        have = {seed: rows for seed, rows in network if all(p in rows for p in conditions(where))}
         if len(have) < 2: continue
-        h = np.stack([shares_right(r, where) for r in have.values()]) # (seeds, images)
+        h = np.stack([_shares(rows, where) for rows in have.values()]) # (seeds, images)
         rest = h - h.mean(0) - h.mean(1, keepdims=True) + h.mean()
         total += (len(h) - 1)*h.mean(1).var(ddof=1) - (rest**2).sum()/(h.shape[1] - 1)/h.shape[1]
         df += len(h) - 1
@@ -87,8 +90,9 @@ def seed_spread(records:list, # of any runs
                 enough:int=5, # degrees of freedom
                ) -> tuple[float, int]: # standard deviation in points, degrees of freedom (0: unknown)
     "How much a seed's luck moves an accuracy; with too few seeds, one pooled over other conditions."
-    networks = _networks(records)
-    found, measured = _seed_variance(networks, where), [common_conditions([r]) for network in networks for r in network]
+    several = _networks(records)
+    networks, measured = [[(r["seed"], _rows(r)) for r in reversed(n)] for n in several], [common_conditions([r]) for n in several for r in n]
+    found = _seed_variance(networks, where)
     shared = tuple(p for p in conditions(where) if measured and all(p in m for m in measured)) # a mean over fewer varies more, if anything
     if found[1] < enough and len(shared) > 1: found = _seed_variance(networks, shared)
     if found[1] < enough:
@@ -101,8 +105,6 @@ def known_spread(spread:tuple) -> tuple[float, int]:
     return spread if spread[1] > 1 else (0., 0)
 
 # %% ../nbs/20a_comparisons.ipynb #4235c056
-def _shares(records, where): return np.mean([shares_right(r, where) for r in one_setting(records)], 0)
-
 def paired(before:list, # records of a run, one a seed
            after:list, # records of another, or the same
            was:tuple=CLEAN, # condition of `before`, or several
@@ -111,12 +113,12 @@ def paired(before:list, # records of a run, one a seed
            seeds:tuple=(0., 0), # `seed_spread` of the accuracy
           ) -> tuple[float, float, float]: # points: the difference, and its interval
     "What changes from one run (or condition) to another on the same images."
+    a, b = (np.mean([shares_right(r, where) for r in one_setting(rs)], 0) for rs, where in ((before, was), (after, now)))
     if len(before) == len(after) == len(conditions(was)) == len(conditions(now)) == 1:
-        c = compare(_shares(before, was), _shares(after, now), confidence)
+        c = compare(a, b, confidence)
         value, (low, high) = c["difference"], (c["low"], c["high"])
     else:
-        change = 100*(_shares(after, now) - _shares(before, was))
-        value, half = mean_and_half(change, confidence)
+        value, half = mean_and_half(100*(b - a), confidence)
         low, high = value - half, value + half
     return widened(value, low, high, seeds, 1/len(before) + 1/len(after), confidence)
 
