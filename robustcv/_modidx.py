@@ -740,4 +740,5 @@ d = { 'settings': { 'branch': 'main',
                                      'robustcv.transforms.gaussian_blur': ('transforms.html#gaussian_blur', 'robustcv/transforms.py'),
                                      'robustcv.transforms.in_chunks': ('transforms.html#in_chunks', 'robustcv/transforms.py'),
                                      'robustcv.transforms.one_by_one': ('transforms.html#one_by_one', 'robustcv/transforms.py'),
+                                     'robustcv.transforms.one_thread': ('transforms.html#one_thread', 'robustcv/transforms.py'),
                                      'robustcv.transforms.uniform': ('transforms.html#uniform', 'robustcv/transforms.py')}}}

@@ -32,15 +32,14 @@ def adjust_contrast(x:Tensor, # (B,3,H,W) in [0,1]
                    ) -> Tensor: # (B,3,H,W) in [0,1]
     "Scale the distance of the pixels from the image's mean gray."
     f = _each(factor, x)
-    return (x*f).add_((1 - f)*luma(x).mean((2, 3), keepdim=True)).clamp_(0, 1)
+    return (x*f).add_((1 - f)*luma(x.mean((2, 3), keepdim=True))).clamp_(0, 1)
 
 # %% ../nbs/10_color_jitter.ipynb #19b69176
 def adjust_saturation(x:Tensor, # (B,3,H,W) in [0,1]
                       factor:Tensor, # (B,) 0 or more; 0: gray, 1: unchanged
                      ) -> Tensor: # (B,3,H,W) in [0,1]
     "Scale the distance of the channels from the pixel's gray."
-    f = _each(factor, x)
-    return (x*f).add_(luma(x).mul_(1 - f)).clamp_(0, 1)
+    return torch.lerp(luma(x), x, _each(factor, x)).clamp_(0, 1)
 
 # %% ../nbs/10_color_jitter.ipynb #a584f31c
 def adjust_hue(x:Tensor, # (B,3,H,W) in [0,1]
@@ -50,8 +49,7 @@ def adjust_hue(x:Tensor, # (B,3,H,W) in [0,1]
     out = torch.empty_like(x)
     (r, g, b), (u, v, w) = x.split(1, 1), out.split(1, 1) # u, v, w are room for intermediate results until they are the output
     low, mid = torch.minimum(g, b), torch.maximum(g, b)
-    swapped = torch.sub(b, g, out=u).sign_().clamp_min_(0) # 1 where b > g
-    other = torch.sub(mid, r, out=v).sign_().clamp_min_(0) # 1 where red is not the largest
+    swapped, other = torch.gt(b, g, out=u), torch.gt(mid, r, out=v) # 1 where the hue is beyond a half turn, or red is not the largest
     value, mid = torch.maximum(r, mid), torch.minimum(r, mid, out=mid)
     chroma = value - torch.minimum(mid, low, out=w)
     hue = mid.sub_(low).div_(torch.clamp_min(chroma, 1e-12, out=w))
@@ -104,10 +102,10 @@ def _field(name, value):
 def _linear(x, op, amounts):
     "In place, one step: 0 brightness, 1 contrast, 2 saturation, for each image its own."
     f = amounts.gather(1, op[:, None])[:, 0]
-    of_pixel, of_image = ((1 - f)*(op == k) for k in (2, 1))
-    g = luma(x)
-    mean = g.mean((2, 3), keepdim=True)
-    x.mul_(_each(f, x)).add_(g.mul_(_each(of_pixel, x)).add_(mean*_each(of_image, x))).clamp_(0, 1)
+    z = luma(x)
+    mean = z.mean((2, 3), keepdim=True)
+    z.mul_(_each(op == 2, x)).add_(mean*_each(op == 1, x))
+    x.lerp_(z.expand_as(x), _each(1 - f, x)).clamp_(0, 1)
 
 def _mixed(x, order, amounts, turns, by, early):
     "What some images need before the hue, the hue for all images, what some need after it; inside, those whose hue comes early are first."

@@ -57,13 +57,14 @@ def _pm(values): return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 def caption(records:list) -> str:
     "One line that says what a table or figure of these records rests on."
     r, d = one_setting(records)[0], records[0]["data"]
-    seeds = sorted(Counter(x["name"] for x in records).values()) # of the run with the fewest first
+    seeds = Counter((x["section"], x["name"]) for x in records).values()
+    seeds = " to ".join(str(n) for n in sorted({min(seeds), max(seeds)})) + (" seeds" if max(seeds) > 1 else " seed")
     what = f"{d['name']}{' (drawn images: no evidence about natural ones)' if d['synthetic'] else ''}"
-    epochs = ", ".join(sorted({str(len(x["metrics"]["history"])) for x in records if x["metrics"]["history"]}))
+    epochs = ", ".join(str(n) for n in sorted({len(x["metrics"]["history"]) for x in records if x["metrics"]["history"]}))
+    commits = sorted({x["commit"] for x in records})
     return (f"scale {r['scale']}: {what}, {d['classes']} classes, {d['train']:,} training images of {d['pixels']} pixels"
             f"{f', {epochs} epochs' if epochs else ''}; n = {d['valid']:,} validation images; "
-            f"{seeds[0]}{f' to {seeds[-1]}' if seeds[-1] > seeds[0] else ''} seed(s); {r['device']}; "
-            f"commit {', '.join(sorted({x['commit'] for x in records}))}")
+            f"{seeds}; {r['device']}; {'commit ' + ', '.join(commits) if len(commits) < 4 else f'{len(commits)} commits'}")
 
 def markdown(frame:pd.DataFrame) -> str:
     "A data frame of strings and numbers as a Markdown table."

@@ -86,9 +86,15 @@ def test_pooled_hits_are_the_share_of_seeds():
 
 def test_the_caption_says_what_a_figure_rests_on():
     said = caption([record(), record(seed=1)])
-    for part in ("scale smoke", "no evidence about natural", "2 classes", "1,000 training images", "2 epochs", "n = 10", "2 seed(s)",
+    for part in ("scale smoke", "no evidence about natural", "2 classes", "1,000 training images", "2 epochs", "n = 10", "2 seeds",
         "a CPU", "commit abc"):
         assert part in said
+
+def test_the_caption_counts_the_seeds_of_a_section_s_run_and_orders_epochs_as_numbers():
+    records = [{**record(seed=s), "section": section, "commit": f"{s}{section}"} for section in ("one", "two") for s in range(2)]
+    for r, n in zip(records, (15, 4, 30, 4), strict=True): r["metrics"] = {**r["metrics"], "history": [{}]*n}
+    assert all(part in caption(records) for part in (", 4, 15, 30 epochs;", "; 2 seeds;", "; 4 commits"))
+    assert "; 1 seed;" in caption(records[:1]) and "; 1 to 2 seeds;" in caption(records[:3])
 
 
 # figures

@@ -239,6 +239,20 @@ def test_without_a_limit_there_is_one_portion():
     sizes = []
     assert torch.equal(in_chunks(lambda part, b: (sizes.append(len(part)) or part, b), batch(70), None, None)[0], batch(70)) and sizes == [70]
 
+@pytest.mark.parametrize("n", [10, 70])
+def test_a_portion_is_the_work_of_one_thread(n):
+    seen, threads = [], torch.get_num_threads()
+    def fails(part, b): seen.append(torch.get_num_threads()); raise ArithmeticError
+    try:
+        torch.set_num_threads(2)
+        in_chunks(lambda part, b: (seen.append(torch.get_num_threads()) or part, b), batch(n), None, 32)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ArithmeticError): in_chunks(fails, batch(n), None, 32)
+        assert torch.get_num_threads() == 2 and set(seen) == {1}
+        in_chunks(lambda part, b: (seen.append(torch.get_num_threads()) or part, b), batch(n), None, None)
+        assert seen[-1] == 2, "a whole batch is the work of all"
+    finally: torch.set_num_threads(threads)
+
 def test_gradients_flow_through_portions():
     x = batch(70, 2, 2).requires_grad_()
     in_chunks(lambda part, b: (part**2, b), x, None, 32)[0].sum().backward()
