@@ -8,6 +8,7 @@ __all__ = ['CLEAN', 'DERIVED', 'conditions', 'accuracy_under', 'shares_right', '
 
 # %% ../nbs/20a_comparisons.ipynb #4543eb9b
 import json, math
+from statistics import mode
 
 import numpy as np
 from scipy.stats import t as student
@@ -77,9 +78,10 @@ def _seed_variance(networks, where):
     "Of an accuracy in points: the variance over seeds that disagreement about single images does not explain, which may come out negative; degrees of freedom."
     total, df = 0., 0
     for network in networks:
-        have = {seed: rows for seed, rows in network if all(p in rows for p in conditions(where))}
-        if len(have) < 2: continue
-        h = np.stack([_shares(rows, where) for rows in have.values()]) # (seeds, images)
+        each = {seed: _shares(rows, where) for seed, rows in network if all(p in rows for p in conditions(where))}
+        alike = [s for s in each.values() if len(s) == mode(map(len, each.values()))] # measured on as many images
+        if len(alike) < 2: continue
+        h = np.stack(alike) # (seeds, images)
         rest = h - h.mean(0) - h.mean(1, keepdims=True) + h.mean()
         total += (len(h) - 1)*h.mean(1).var(ddof=1) - (rest**2).sum()/(h.shape[1] - 1)/h.shape[1]
         df += len(h) - 1

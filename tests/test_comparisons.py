@@ -8,8 +8,8 @@ from scipy.stats import norm, t as student
 
 from records import N, hits, made
 from robustcv.claims import TRADE_OFF
-from robustcv.comparisons import CLEAN, common_conditions, paired, seed_spread, spread, widened
-from robustcv.evaluation import compare
+from robustcv.comparisons import CLEAN, accuracy_under, common_conditions, paired, seed_spread, shares_right, spread, widened
+from robustcv.evaluation import compare, right
 
 
 # the difference and its interval
@@ -113,6 +113,11 @@ def test_disagreement_about_single_images_is_no_luck_of_the_seed(sigma):
     found, total = seed_spread(records)[0], spread(records)[0]
     assert found == pytest.approx(sigma, abs=1.) and total == pytest.approx(math.hypot(sigma, 100*.5/math.sqrt(500)), rel=.15)
 
+def test_seeds_that_were_measured_on_other_numbers_of_images_do_not_count():
+    attacked = ("PGD-20", .2)
+    records = [made(n, hits(.5, s), s, under={attacked: hits(.3, s, 50 if s < 3 else 40)}) for n in "ab" for s in range(4)]
+    assert seed_spread(records, attacked) == seed_spread([r for r in records if r["seed"] < 3], attacked) and seed_spread(records)[1] == 6
+
 def test_two_seeds_of_one_run_are_not_enough_to_tell_the_spread_of_a_perturbation():
     records = [made(n, np.arange(10) < k, s) for n in "abc" for s, k in enumerate((4, 6, 8))]
     records += [made("d", np.arange(10) < 5, s, under={("noise", .1): np.arange(10) < 5 + s}) for s in range(2)]
@@ -146,3 +151,15 @@ def test_attacks_on_the_network_itself_are_no_part_of_all_perturbations():
     under = {("noise", .1): hits(.4), ("FGSM", .2): hits(.1), ("PGD-20", .2): hits(.1), ("FGSM from DenseNet-121", .2): hits(.3)}
     a = made("a", hits(.5), under=under)
     assert common_conditions([a]) == (CLEAN, ("noise", .1), ("FGSM from DenseNet-121", .2))
+
+
+# what a record has right
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.lists(st.booleans(), min_size=40, max_size=40))
+def test_a_record_tells_image_by_image_what_it_has_right(first, second):
+    a, b = np.array(first), np.array(second[:len(first)])
+    record = made("a", a, under={("noise", .1): b})
+    assert right(record["metrics"]["evaluation"][1]).tolist() == b.tolist() and shares_right(record).tolist() == a.tolist()
+    assert shares_right(record, (CLEAN, ("noise", .1))).tolist() == ((a*1. + b)/2).tolist()
+    assert accuracy_under(record, (CLEAN, ("noise", .1))) == pytest.approx(50*(a.mean() + b.mean()))
+    assert accuracy_under(record, ("noise", .2)) is None
