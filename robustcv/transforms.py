@@ -177,9 +177,10 @@ class RandomCrop(Transform):
 # %% ../nbs/02_transforms.ipynb #ebf1bc41
 def _crop_slices(x, top, left, size, padding, mode, chunk=32):
     out, (h, w) = x.new_empty(*x.shape[:2], *size), size
-    for i, (t, l, place) in enumerate(zip(top.tolist(), left.tolist(), out.numpy(), strict=True)):
-        if i % chunk == 0: padded = F.pad(x[i:i+chunk], (padding,)*4, mode=mode).numpy()
-        place[:] = padded[i % chunk, :, t:t+h, l:l+w]
+    with one_thread(): # which copies, and had better pad, too
+        for i, (t, l, place) in enumerate(zip(top.tolist(), left.tolist(), out.numpy(), strict=True)):
+            if i % chunk == 0: padded = F.pad(x[i:i+chunk], (padding,)*4, mode=mode).numpy()
+            place[:] = padded[i % chunk, :, t:t+h, l:l+w]
     return out
 
 def _crop_gather(x, top, left, size, padding, mode):
