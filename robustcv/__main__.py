@@ -21,7 +21,8 @@ from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, unpack
 from .tables import caption, markdown, table
 from .experiments import describe_data, plan, run_sections, scale_data, show_plan
-from .figures import draw_figures, draw_models, draw_summary
+from .figures import draw_figures, draw_summary
+from .model_figures import draw_models
 from .grids import DEMO, SECTIONS
 from .models import build_model, load_model, save_model
 from .scoreboard import plot_scoreboard, scoreboard
@@ -139,6 +140,7 @@ def evaluate_model(model:Path=typer.Argument(..., help="File written by `robustc
         with atomic_path(out) as part:
             part.write_text(json.dumps(dict(model=str(model), data=str(data), fingerprint=valid.fingerprint, evaluation=pack(result))))
 
+# %% ../nbs/40_command_line.ipynb #bc643c2b
 def _read_table(path, fingerprint):
     "A table written by `robustcv evaluate --out`, of the same images."
     try: table = json.loads(path.read_text()); rows = unpack(table["evaluation"])

@@ -191,7 +191,8 @@ def _measured(before, after, records, confidence, was=CLEAN, now=CLEAN):
     if was == "training": return _training(before, after, confidence, known_spread(spread(records, _train)))
     if was == "gap": return _gap(before, after, confidence, known_spread(spread(records, _gap_of)))
     if was == "all": was = now = common_conditions(before + after)
-    (s, df), (t, more) = (spreads := {w: seed_spread(records, w) for w in {was, now}})[was], spreads[now]
+    spreads = {w: seed_spread(records, w) for w in {was, now}}
+    (s, df), (t, more) = spreads[was], spreads[now]
     return paired(before, after, was, now, confidence, (math.sqrt((s**2 + t**2)/2), min(df, more)))
 
 # %% ../nbs/21_claims.ipynb #edffce2b

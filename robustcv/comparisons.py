@@ -7,16 +7,15 @@ __all__ = ['CLEAN', 'DERIVED', 'conditions', 'accuracy_under', 'shares_right', '
            'known_spread', 'paired', 'widened']
 
 # %% ../nbs/20a_comparisons.ipynb #4543eb9b
-import json, math
+import math
 from statistics import mode
 
 import numpy as np
 from scipy.stats import t as student
 
-from .core import essence
 from .perturbations import ADAPTIVE
 from .evaluation import compare, right
-from .tables import accuracies, mean_and_half, one_setting
+from .tables import accuracies, mean_and_half, network_id, one_setting
 
 # %% ../nbs/20a_comparisons.ipynb #7f157db1
 CLEAN = ("clean", None) # a condition: a perturbation and its strength
@@ -46,23 +45,16 @@ def _shares(rows, where): return np.mean([right(rows[p]) for p in conditions(whe
 
 def common_conditions(records:list) -> tuple:
     "The conditions that all records have, on as many images as the clean ones, and that do not look at the network."
-    sizes = [{(e["perturbation"], e["strength"]): e["n"] for e in r["metrics"]["evaluation"]} for r in records]
+    sizes = [{p: e["n"] for p, e in _rows(r).items()} for r in records]
     return tuple(p for p in sizes[0] if p[0].split(":")[0] not in DERIVED + ADAPTIVE and all(s.get(p) == s.get(CLEAN) for s in sizes))
-
-# %% ../nbs/20a_comparisons.ipynb #52958ebd
-def _recipe(record):
-    "What the network of a record was trained like, whichever section measured it; empty for one network measured as an ensemble."
-    run = record["config"].get("run", {}) if "config" in record else {}
-    if len(run.get("members", ())) == 1: return ""
-    what = {k: v for k, v in run.items() if v and k not in ("section", "name", "sources", "watch")}
-    return json.dumps([what or [record["section"], record["name"]], essence(record.get("config", {}).get("training"))], sort_keys=True)
 
 # %% ../nbs/20a_comparisons.ipynb #adc93ede
 def _networks(records):
     "Records of the same network, whichever section measured it, for each that has several seeds."
     groups = {}
-    for r in records: groups.setdefault(_recipe(r), []).append(r)
-    return [g for what, g in groups.items() if what and len({r["seed"] for r in g}) > 1]
+    for r in records:
+        if len(r["config"]["run"].get("members", ())) != 1: groups.setdefault(network_id(r), []).append(r) # an ensemble of one is that network
+    return [g for g in groups.values() if len({r["seed"] for r in g}) > 1]
 
 def spread(records:list, # of any runs
            measure=accuracy_under, # record -> a number; None: it has none
@@ -87,6 +79,7 @@ def _seed_variance(networks, where):
         df += len(h) - 1
     return 100**2*total/max(df, 1), df
 
+# %% ../nbs/20a_comparisons.ipynb #b5ba1c57
 def seed_spread(records:list, # of any runs
                 where:tuple=CLEAN, # a condition, or several
                 enough:int=5, # degrees of freedom
@@ -102,6 +95,7 @@ def seed_spread(records:list, # of any runs
         found = sum(v*df for v, df in each)/max(1, sum(df for _, df in each)), max((df for _, df in each), default=0)
     return known_spread((math.sqrt(max(0., found[0])), found[1]))
 
+# %% ../nbs/20a_comparisons.ipynb #bddbaa03
 def known_spread(spread:tuple) -> tuple[float, int]:
     "A spread, or none where a single pair of seeds is all there is."
     return spread if spread[1] > 1 else (0., 0)

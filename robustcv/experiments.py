@@ -9,6 +9,7 @@ __all__ = ['EXTRA', 'ATTACKED', 'QUICK', 'CERTIFIED', 'MEASURED', 'drawn_images'
 
 # %% ../nbs/20_experiments.ipynb #d54e4f4a
 import base64, json, math, time
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -318,6 +319,18 @@ def _carried_out(job, others, at, pooled):
 
 def _on_record(job, results): return job.status == "on record" or job.id in {r["id"] for r in load_records(Path(results)/f"{job.run.section}.jsonl")}
 
+# %% ../nbs/20_experiments.ipynb #ba858c11
+def _alone(left, at, results):
+    "Jobs by label, taken out of `left`, each while no other process is at it: first those that are free, then what others have left undone."
+    for wait in (False, True):
+        for label, job in list(left.items()):
+            name = f"{at.scale.name}-{job.run.section}-{job.seed}" if _together(job.run) else job.id
+            with alone_with(Path(results)/".locks"/name, wait) as mine:
+                if not mine: at.say(f"{label}: another process is at it"); continue
+                del left[label]
+                if _on_record(job, results): at.say(f"{label}: on record"); continue
+                yield label, job
+
 # %% ../nbs/20_experiments.ipynb #d15a37e0
 def run_sections(sections:list, # names of sections
                  scale:str="demo", # one of `SCALES`
@@ -339,19 +352,14 @@ def run_sections(sections:list, # names of sections
     if at.train.boxes is None and any(j.run.boxes for j in jobs):
         say(f"{at.train.name} has no boxes: runs that learn them are left out"); jobs = [j for j in jobs if not j.run.boxes]
     left = {f"[{i}/{len(jobs)}] {j.run.section} / {j.run.name}, seed {j.seed}, scale {scale.name}": j for i, j in enumerate(jobs, 1)}
-    for wait in (False, True): # first what no other process is at, then what others have left undone
-        for label, job in list(left.items()):
-            run, seed = job.run, job.seed
-            with alone_with(Path(results)/".locks"/(f"{scale.name}-{run.section}-{seed}" if _together(run) else job.id), wait) as mine:
-                if not mine: say(f"{label}: another process is at it"); continue
-                del left[label]
-                if _on_record(job, results): say(f"{label}: on record"); continue
-                metrics, seconds = _carried_out(job, left.values(), at, pooled)
-                spent.append(seconds)
-                if main_process():
-                    append_record(Path(results)/f"{run.section}.jsonl",
-                                  make_record(run.section, run.name, scale.name, job.config, seed, at.about, device, spent[-1], metrics))
-                say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {spent[-1]:.0f} s{_left(left.values(), spent)}")
+    with closing(_alone(left, at, results)) as free: # whatever happens, a lock is given back
+        for label, job in free:
+            metrics, seconds = _carried_out(job, left.values(), at, pooled)
+            spent.append(seconds)
+            if main_process():
+                append_record(Path(results)/f"{job.run.section}.jsonl", make_record(job.run.section, job.run.name, scale.name, job.config, job.seed,
+                                                                                    at.about, device, seconds, metrics))
+            say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {seconds:.0f} s{_left(left.values(), spent)}")
     wait_for_all()
     wanted = {j.id for j in jobs}
     return [r for s in dict.fromkeys(j.run.section for j in jobs) for r in load_records(Path(results)/f"{s}.jsonl") if r["id"] in wanted]

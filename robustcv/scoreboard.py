@@ -11,9 +11,9 @@ import math, re
 import numpy as np
 import pandas as pd
 
-from .core import choose, run_id
+from .core import choose
 from .perturbations import standard_perturbations
-from .tables import accuracies, one_setting
+from .tables import accuracies, network_id, one_setting
 from .grids import SECTIONS
 
 # %% ../nbs/23_scoreboard.ipynb #e581bf12
@@ -33,11 +33,6 @@ def _by_family(record):
     return means
 
 # %% ../nbs/23_scoreboard.ipynb #7a6e60a6
-def _network(record):
-    "What tells apart networks, whichever section trained and measured them."
-    run = {k: v for k, v in record["config"]["run"].items() if k not in ("section", "name", "sources", "watch")} # where it is listed, what it is measured on
-    return run_id("", "", record["scale"], record["config"] | {"run": run}, 0, record["data"])
-
 def scoreboard(records:list, # of any sections, at one scale and on one data set
                runs=None, # "section / name" of each; None: all, a row a network, named after the first section that has it
               ) -> pd.DataFrame: # a row a run: accuracy in % by family, NaN where not measured; mean and worst of the standard families that every run has
@@ -46,7 +41,7 @@ def scoreboard(records:list, # of any sections, at one scale and on one data set
     known = sorted(one_setting(records), key=lambda r: order.index(r["section"]) if r["section"] in order else len(order))
     kept = known if runs is None else [r for n in runs for r in known if label(r) == choose("run", n, dict.fromkeys(map(label, known)))]
     if not kept: raise ValueError("runs: none is named")
-    row = lambda r: first.setdefault(_network(r), label(r)) if runs is None else label(r)
+    row = lambda r: first.setdefault(network_id(r), label(r)) if runs is None else label(r)
     t = pd.DataFrame([{"run": row(r), "seed": r["seed"], **_by_family(r)} for r in kept])
     t = t.groupby(["run", "seed"], sort=False).first().groupby("run", sort=False).mean() # of one network, what any section has measured
     t = t[[f for f in t if f in FAMILIES or t[f].notna().any()]]

@@ -19,5 +19,6 @@ def made(name, right, seed=0, section="s", training=80., scale="lite", **more):
     rows = [row(right), *[row(r, *p) for p, r in more.get("under", {}).items()]]
     kernels, boxes = pack_filters(more.get("filters", torch.randn(8, 3, 7, 7))), {"boxes": more["boxes"]} if "boxes" in more else {}
     metrics = dict(evaluation=rows, train_accuracy=training, filters=kernels, **boxes)
-    return dict(id=f"{section}{name}{seed}", section=section, name=name, seed=seed, scale=scale, metrics=metrics,
+    config = dict(run=dict(section=section, name=name, model=f"that of {section} / {name}")) # what tells its network apart
+    return dict(id=f"{section}{name}{seed}", section=section, name=name, seed=seed, scale=scale, config=config, metrics=metrics,
                 data=dict(name="simulated", fingerprint="f", valid=len(right), train=1000, synthetic=True))

@@ -21,8 +21,9 @@ from robustcv.perturbations import ORBIT, Perturbation, standard_perturbations
 from robustcv.evaluation import COLUMNS, unpack
 from robustcv.experiments import Run, describe_data, run_section, scale_data
 from robustcv.tables import by_name, caption, corruption_table, member_table, filters, one_setting, orientation_table, pool, table
-from robustcv.figures import (draw_figures, draw_models, plot_attacks, plot_corruptions, plot_cost, plot_degraded, plot_example, plot_fields,
-                              plot_occlusion, plot_orientations, plot_response, plot_runs, plot_selectivity, plot_trade_off, plot_watched)
+from robustcv.figures import (draw_figures, plot_attacks, plot_corruptions, plot_cost, plot_degraded, plot_fields, plot_occlusion, plot_orientations,
+                              plot_runs, plot_selectivity, plot_trade_off, plot_watched)
+from robustcv.model_figures import draw_models, plot_example, plot_response
 from robustcv.grids import baseline
 from robustcv.models import build_model, load_model
 from robustcv.multi_task import multi_task_loss
@@ -413,8 +414,10 @@ def test_a_run_is_measured_on_examples_of_its_source_which_is_trained_if_need_be
 def test_pictures_of_models_are_drawn_from_what_a_run_left(go, tmp_path, monkeypatch, tiny):
     go(Run("tiny", "net", MODEL, training={"epochs": 1}), Run("tiny", "boxes", MODEL, objective=multi_task_loss, boxes=True, training={"epochs": 1}))
     left = experiments.trained_model
-    monkeypatch.setattr("robustcv.figures.trained_model", lambda section, name, **more: left("tiny", "boxes" if section == "multi_task" else "net", **more))
-    monkeypatch.setattr("robustcv.figures.plot_response", lambda models, images: plot_response(models, images[:2], list(models["all"].stages)[-2], (0, 90)))
+    there = lambda section, name, **more: left("tiny", "boxes" if section == "multi_task" else "net", **more)
+    monkeypatch.setattr("robustcv.model_figures.trained_model", there)
+    few = lambda models, images: plot_response(models, images[:2], list(models["all"].stages)[-2], (0, 90))
+    monkeypatch.setattr("robustcv.model_figures.plot_response", few)
     with pytest.warns(UserWarning, match="multi_task-smoke-worst is left out: .* has fewer than 8 boxes of each defect"): # drawn images have none
         files = draw_models(SCALES["smoke"], tiny, tmp_path/"runs", tmp_path/"figures")
     names = ("fgsm-smoke-example", "symmetry-smoke-response", "multi_task-smoke-boxes")

@@ -12,7 +12,7 @@ from robustcv.data import Batch, Batches, ImageSet, known_boxes, load_tiny_image
 from robustcv.evaluation import COLUMNS, evaluate, measure_boxes, measure_probe
 from robustcv.perturbations import affine_perturbations
 from robustcv.fgsm import fgsm, fold_batchnorm
-from robustcv.figures import plot_boxes, plot_worst_boxes
+from robustcv.model_figures import plot_boxes, plot_worst_boxes
 from robustcv.models import build_model, load_model, save_model
 from robustcv.multi_task import (box_iou, box_loss, box_quality, count_boxes, degrade_boxes, linear_probe, multi_task_loss, predict_boxes, saliency,
                                  trunk_features)

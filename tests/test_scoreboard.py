@@ -13,7 +13,8 @@ from robustcv.perturbations import standard_perturbations
 from robustcv.experiments import _home, _identity
 from robustcv.figures import draw_figures, draw_summary
 from robustcv.grids import SECTIONS
-from robustcv.scoreboard import FAMILIES, _network, as_text, plot_scoreboard, scoreboard
+from robustcv.scoreboard import FAMILIES, as_text, plot_scoreboard, scoreboard
+from robustcv.tables import network_id
 
 STANDARD = {(p.name, None if math.isnan(p.strength) else p.strength): 10*k for k, p in enumerate(standard_perturbations())} # percent right, in steps
 SIZES = {"clean": 1, "orientation": 5, "noise": 5, "blur": 3, "occlusion": 3, "brightness": 2, "contrast": 2, "saturation": 2, "hue": 2}
@@ -107,7 +108,7 @@ def test_rows_are_told_apart_as_the_folders_of_networks_are():
     scale, about, runs = SCALES["lite"], dict(fingerprint="f"), [r for runs in SECTIONS.values() for r in runs()]
     def split(key): return {frozenset(i for i, r in enumerate(runs) if key(r) == k) for k in map(key, runs)}
     record = lambda r: dict(scale="lite", data=about, config=_identity(r, scale, 0, about)[0])
-    assert split(lambda r: _network(record(r))) == split(lambda r: _home(replace(r, watch=None), scale, 0, about, "."))
+    assert split(lambda r: network_id(record(r))) == split(lambda r: _home(replace(r, watch=None), scale, 0, about, "."))
 
 def test_runs_are_chosen_by_section_and_name():
     records = [made("plain"), made("E", "random_erase"), made("FE", "random_erase")]
