@@ -30,6 +30,7 @@ def _read_image(path, size):
             if size and im.format == "JPEG": im.draft("RGB", (2*size, 2*size))
             turn = _TURNS.get(im.getexif().get(0x0112))
             if im.mode.startswith("I;16") or im.mode == "I" and im.format == "PPM": im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
+            if im.mode in ("I", "F"): raise ValueError(f"its pixels have mode '{im.mode}', whose range is not known; save it with 8 or 16 bits a channel")
             if turn is not None: im = im.transpose(turn)
             if im.mode != "RGB": im = im.convert("RGB")
             if size and im.size != (size, size): im = ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)

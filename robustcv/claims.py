@@ -133,7 +133,7 @@ JOINT = (
            ("baseline", "multi-task", (-math.inf, 2.), AFFINE, AFFINE))),
     Claim("C20", "multi_task", "many bounding boxes are of poor quality (here: more than 1 in 10 is empty, smaller than 2 % or larger than 95 % of the image)",
           "“very poor on some images”", (("multi-task", "multi-task", (10., math.inf), "boxes", "boxes"),)),
-    Claim("C21", "ensemble", "the ensemble of the kept models beats each member on the average over all perturbations", "in words",
+    Claim("C21", "ensemble", "the ensemble of the kept models beats each member on the average over all perturbations (ours)", "not said",
           tuple((m, "ensemble", MORE, "all", "all") for m in KEPT)))
 
 CLAIMS = {c.id: c for c in COLOR + ERASE + ATTACK + NATURE + JOINT}
@@ -191,7 +191,7 @@ def _measured(before, after, records, confidence, was=CLEAN, now=CLEAN):
     if was == "training": return _training(before, after, confidence, known_spread(spread(records, _train)))
     if was == "gap": return _gap(before, after, confidence, known_spread(spread(records, _gap_of)))
     if was == "all": was = now = common_conditions(before + after)
-    spreads = {w: seed_spread(records, w) for w in {was, now}}
+    spreads = dict.fromkeys((was, now), seed_spread(records, now, was)) if before == after else {w: seed_spread(records, w) for w in {was, now}}
     (s, df), (t, more) = spreads[was], spreads[now]
     return paired(before, after, was, now, confidence, (math.sqrt((s**2 + t**2)/2), min(df, more)))
 

@@ -46,13 +46,14 @@ def adjust_hue(x:Tensor, # (B,3,H,W) in [0,1]
                shift:Tensor, # (B,) -0.5 to 0.5, turns of the colour circle; 0: unchanged
               ) -> Tensor: # (B,3,H,W) in [0,1]
     "Turn the hue; value and chroma are kept. Carries no gradient."
+    x = x.detach()
     out = torch.empty_like(x)
     (r, g, b), (u, v, w) = x.split(1, 1), out.split(1, 1) # u, v, w are room for intermediate results until they are the output
     low, mid = torch.minimum(g, b), torch.maximum(g, b)
     swapped, other = torch.gt(b, g, out=u), torch.gt(mid, r, out=v) # 1 where the hue is beyond a half turn, or red is not the largest
     value, mid = torch.maximum(r, mid), torch.minimum(r, mid, out=mid)
     chroma = value - torch.minimum(mid, low, out=w)
-    hue = mid.sub_(low).div_(torch.clamp_min(chroma, 1e-12, out=w))
+    hue = mid.sub_(low).div_(torch.clamp_min(chroma, torch.finfo(x.dtype).tiny, out=w))
     hue.sub_(swapped, alpha=6).sub_(other, alpha=2).addcmul_(swapped, other, value=12).abs_().add_(6*_each(shift, x))
     hue.sub_(torch.div(hue, 6, out=w).floor_(), alpha=6) # from 0 to 6
     torch.sub(hue, per_channel((3, 5, 1), x), out=out) # less the hue at which each channel is smallest

@@ -14,8 +14,8 @@ import numpy as np
 from scipy.stats import t as student
 
 from .perturbations import ADAPTIVE
-from .evaluation import compare, right
-from .tables import accuracies, mean_and_half, network_id, one_setting
+from .evaluation import right
+from .tables import accuracies, mean_interval, network_id, one_setting, only_member
 
 # %% ../nbs/20a_comparisons.ipynb #7f157db1
 CLEAN = ("clean", None) # a condition: a perturbation and its strength
@@ -53,7 +53,7 @@ def _networks(records):
     "Records of the same network, whichever section measured it, for each that has several seeds."
     groups = {}
     for r in records:
-        if len(r["config"]["run"].get("members", ())) != 1: groups.setdefault(network_id(r), []).append(r) # an ensemble of one is that network
+        if only_member(r) is None: groups.setdefault(network_id(r), []).append(r)
     return [g for g in groups.values() if len({r["seed"] for r in g}) > 1]
 
 def spread(records:list, # of any runs
@@ -66,11 +66,12 @@ def spread(records:list, # of any runs
     return (math.sqrt(sum(np.var(g, ddof=1)*(len(g) - 1) for g in groups)/df) if df else 0.), df
 
 # %% ../nbs/20a_comparisons.ipynb #97386f41
-def _seed_variance(networks, where):
-    "Of an accuracy in points: the variance over seeds that disagreement about single images does not explain, which may come out negative; degrees of freedom."
+def _seed_variance(networks, where, was=None):
+    "Variance over seeds of an accuracy, or its change, in points, less what disagreement about single images explains (or negative); degrees of freedom."
     total, df = 0., 0
     for network in networks:
-        each = {seed: _shares(rows, where) for seed, rows in network if all(p in rows for p in conditions(where))}
+        needed = conditions(where) + (conditions(was) if was else ())
+        each = {seed: _shares(rows, where) - (_shares(rows, was) if was else 0) for seed, rows in network if all(p in rows for p in needed)}
         alike = [s for s in each.values() if len(s) == mode(map(len, each.values()))] # measured on as many images
         if len(alike) < 2: continue
         h = np.stack(alike) # (seeds, images)
@@ -82,16 +83,17 @@ def _seed_variance(networks, where):
 # %% ../nbs/20a_comparisons.ipynb #b5ba1c57
 def seed_spread(records:list, # of any runs
                 where:tuple=CLEAN, # a condition, or several
+                was:tuple|None=None, # likewise: of the change from there, in one and the same network; None: of the accuracy
                 enough:int=5, # degrees of freedom
                ) -> tuple[float, int]: # standard deviation in points, degrees of freedom (0: unknown)
-    "How much a seed's luck moves an accuracy; with too few seeds, one pooled over other conditions."
+    "How much a seed's luck moves an accuracy, or its change; with too few seeds, one pooled over other conditions."
     several = _networks(records)
     networks, measured = [[(r["seed"], _rows(r)) for r in reversed(n)] for n in several], [common_conditions([r]) for n in several for r in n]
-    found = _seed_variance(networks, where)
+    found = _seed_variance(networks, where, was)
     shared = tuple(p for p in conditions(where) if measured and all(p in m for m in measured)) # a mean over fewer varies more, if anything
-    if found[1] < enough and len(shared) > 1: found = _seed_variance(networks, shared)
+    if found[1] < enough and len(shared) > 1: found = _seed_variance(networks, shared, was)
     if found[1] < enough:
-        each = [_seed_variance(networks, p) for p in set().union(*measured)]
+        each = [_seed_variance(networks, p, was) for p in set().union(*measured)]
         found = sum(v*df for v, df in each)/max(1, sum(df for _, df in each)), max((df for _, df in each), default=0)
     return known_spread((math.sqrt(max(0., found[0])), found[1]))
 
@@ -106,17 +108,13 @@ def paired(before:list, # records of a run, one a seed
            was:tuple=CLEAN, # condition of `before`, or several
            now:tuple=CLEAN, # of `after`
            confidence:float=0.95, # of the interval
-           seeds:tuple=(0., 0), # `seed_spread` of the accuracy
+           seeds:tuple=(0., 0), # `seed_spread` of the accuracy; where `after` is `before`, of its change
           ) -> tuple[float, float, float]: # points: the difference, and its interval
     "What changes from one run (or condition) to another on the same images."
     a, b = (np.mean([shares_right(r, where) for r in one_setting(rs)], 0) for rs, where in ((before, was), (after, now)))
-    if len(before) == len(after) == len(conditions(was)) == len(conditions(now)) == 1:
-        c = compare(a, b, confidence)
-        value, (low, high) = c["difference"], (c["low"], c["high"])
-    else:
-        value, half = mean_and_half(100*(b - a), confidence)
-        low, high = value - half, value + half
-    return widened(value, low, high, seeds, 1/len(before) + 1/len(after), confidence)
+    single = len(conditions(was)) == len(conditions(now)) == 1 # a mean over many conditions is nowhere near the ends
+    found, n = mean_interval(100*(b - a), confidence, (-100, 100) if single else ()), 1/len(after) + (0 if before == after else 1/len(before))
+    return widened(*found, seeds, n, confidence)
 
 def widened(value:float, # points
             low:float, # of its interval over images

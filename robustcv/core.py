@@ -10,11 +10,13 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SIZES', 'SCALES', 'SCHEMA', 'RECORD
            'load_records', 'set_style', 'model_colors']
 
 # %% ../nbs/00_core.ipynb #e5bf156a
-import ctypes, difflib, errno, glob, hashlib, json, os, platform, random, subprocess, time, warnings
+import ctypes, difflib, errno, glob, hashlib, json, math, os, platform, random, subprocess, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +167,7 @@ def atomic_path(path, # the file to write
             os.replace(part, path)
         finally: part.unlink(missing_ok=True)
 
-_HOST = "".join(c for c in platform.node() if c.isalnum()) or "host"
+_HOST = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 def _sweep(path):
     "Remove what killed processes of this machine left of attempts to write a file."
@@ -196,8 +198,9 @@ RECORD_FIELDS = dict(schema=int, id=str, section=str, name=str, scale=str, confi
 
 def essence(config): # of plain values
     "A configuration without settings that are off (None, False, empty): they do not tell runs apart, so that new ones can be added."
-    off = lambda v: v is None or v is False or v == {} or v == []
-    return {k: e for k, v in config.items() if not off(e := essence(v))} if isinstance(config, dict) else config
+    return {k: e for k, v in config.items() if not _is_off(e := essence(v))} if isinstance(config, dict) else config
+
+def _is_off(v): return v is None or v is False or isinstance(v, (dict, list)) and not v
 
 def run_id(section:str, # section of the library, e.g. "baseline"
            name:str, # name of the run within its section
@@ -217,18 +220,25 @@ def describe(obj): # a dataclass, module, function, partial, tensor, container o
     if isinstance(obj, (list, tuple)): return [describe(o) for o in obj]
     if isinstance(obj, dict): return {str(k): describe(v) for k, v in obj.items()}
     if isinstance(obj, Tensor): return obj.tolist()
-    if isinstance(obj, partial): return {"call": obj.func.__name__, **describe(obj.keywords), **({"args": describe(obj.args)} if obj.args else {})}
+    if isinstance(obj, partial):
+        given = signature(obj.func).parameters
+        off = [k for k, v in obj.keywords.items() if _is_off(v) and v != getattr(given.get(k), "default", v)] # whose values `essence` drops
+        return {"call": obj.func.__name__, **describe(obj.keywords), **({"args": describe(obj.args)} if obj.args else {}), **({"off": off} if off else {})}
     if isinstance(obj, nn.Module): return " ".join(str(obj).split())
-    if hasattr(obj, "__dataclass_fields__"): return {k: describe(getattr(obj, k)) for k in obj.__dataclass_fields__}
+    if hasattr(obj, "__dataclass_fields__"):
+        return {**({"call": type(obj).__name__} if callable(obj) else {}), **{k: describe(getattr(obj, k)) for k in obj.__dataclass_fields__}}
     if callable(obj) and getattr(obj, "__name__", "<lambda>") != "<lambda>": return obj.__name__
     raise TypeError(f"cannot describe {type(obj).__name__} in a record: use a dataclass, a module, a named function or a partial of one")
 
 # %% ../nbs/00_core.ipynb #88ed8b33
-def git_commit() -> str: # short hash, "-dirty" appended if files differ from it; "unknown" outside a checkout
-    "The commit of this library's checkout."
+@cache
+def git_commit() -> str: # 12 hex digits, "-dirty" appended if the library's files differ from it; "unknown" outside a checkout
+    "The commit of this library's checkout when it is first asked for, as what runs was loaded before."
     here = Path(globals().get("__file__", ".")).resolve()
-    call = ["git", "-C", str(here.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try: return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*args): return subprocess.run(["git", "-C", str(here.parent), *args], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        git("ls-files", "--error-unmatch", here.name) # installed inside of another project's checkout, it is not of that commit
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.CalledProcessError): return "unknown"
 
 def library_versions() -> dict: # package name to version
@@ -271,7 +281,8 @@ def append_record(path, # JSON lines file; created if missing
                   record:dict, # from `make_record`
                  ):
     "Append one record with a single write; a line that an earlier crash left unfinished is closed first."
-    line = json.dumps(check_record(record), allow_nan=False) + "\n"
+    if odd := _not_finite(check_record(record)): raise ValueError(f"{path}: {odd} is not a finite number; give None where there is no value")
+    line = json.dumps(record, allow_nan=False) + "\n"
     with disk_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+", buffering=0) as f:
@@ -280,6 +291,12 @@ def append_record(path, # JSON lines file; created if missing
                 if f.read(1) != b"\n": line = "\n" + line
             if f.write(line.encode()) != len(line.encode()): raise OSError(errno.ENOSPC, "only part of the record was written")
             os.fsync(f.fileno())
+
+def _not_finite(value, name="record"):
+    "The name of a number that JSON cannot hold, or None."
+    if isinstance(value, float) and not math.isfinite(value): return name
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return next((odd for k, v in parts if (odd := _not_finite(v, f"{name}[{k!r}]"))), None)
 
 def load_records(path, # JSON lines file, or a folder of them; a missing one holds no records
                 ) -> list: # of dictionaries, in the order they were written, one per id (the last)
@@ -301,10 +318,11 @@ def set_style():
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.9,
                   rc={"figure.dpi": 90, "savefig.bbox": "tight", "savefig.dpi": 110, "axes.titlesize": "medium"})
 
-COLORS = {"baseline": ".5", "plain": ".5", "flip + crop": "C0", "E": "C1", "FE": "C2", "FCE": "C4"} # of models that several figures show
+COLORS = {"baseline": ".5", "plain": ".5", "flip + crop": "C0", "E": "C1", "FE": "C2", "FCE": "C4", "adversarial data": "#882255", "stability": "#332288",
+          "symmetry": "#999933", "ensemble": ".15"} # of models that several figures show
 
 def model_colors(names) -> dict: # name to a matplotlib colour
     "The colours of models: those of `COLORS`, and for other names what the palette has left, in order."
     palette = [f"C{i}" for i in range(10) if i != 7] # which is gray, as the baseline is
-    free = iter([c for c in palette if c not in {COLORS.get(n) for n in names}]*10)
+    free = cycle([c for c in palette if c not in {COLORS.get(n) for n in names}] or palette)
     return {n: COLORS.get(n) or next(free) for n in names}

@@ -140,16 +140,17 @@ def _read_boxes(file, columns):
         out[fields[0]] = (*fields[1:columns-4], box)
     return out
 
-def _fractions(boxes, width, height):
-    "Inclusive pixel coordinates to fractions; boxes without area stay without."
+def _fractions(boxes, sizes, resized=False):
+    "Inclusive pixel coordinates to fractions of the image, or of the square in its middle; boxes without area stay without."
     b = np.asarray(boxes, np.float32).reshape(-1, 4).copy()
     whole = (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])
     b[whole, 2:] += 1; b[~whole, 2:] = b[~whole, :2]
-    return (b / np.array([width, height]*2, np.float32)).clip(0, 1)
+    whole = np.broadcast_to(sizes.min(1, keepdims=True) if resized else sizes, (len(sizes), 2))
+    return ((b - np.tile((sizes - whole)/2, 2))/np.tile(whole, 2)).clip(0, 1)
 
 # %% ../nbs/01_data.ipynb #d00abc2d
-def _scan_tiny(root, split):
-    "List files, labels and boxes of one split, with names and stamps."
+def _scan_tiny(root, split, resized=False):
+    "List files, labels and boxes of one split, with names and stamps; resized images are cropped to a square first."
     wnids = sorted(w for w in (root/"wnids.txt").read_text(encoding="utf-8", errors="replace").split())
     if twice := {w for w in wnids if wnids.count(w) > 1}:
         raise ValueError(f"{root/'wnids.txt'}: lists {', '.join(sorted(twice))} more than once; unpack the archive again")
@@ -160,10 +161,16 @@ def _scan_tiny(root, split):
     names = [n if names.count(n) == 1 else f"{n} ({w})" for n, w in zip(names, wnids, strict=True)]
     rows, stamps = (_rows_train if split == "train" else _rows_val)(root, wnids)
     if not rows: raise FileNotFoundError(f"{root/split}: no images; unpack the archive again")
-    with Image.open(rows[0][0]) as im: width, height = im.size
     meta = {"classes": names, "synthetic": (root/"synthetic.json").is_file(), "stamp": {str(p.relative_to(root)): s for p, s in stamps.items()}}
     files, labels, boxes = zip(*rows, strict=True)
-    return list(map(str, files)), np.array(labels, np.int64), _fractions(boxes, width, height), meta
+    sizes = [_pixels(f) for f in (files if resized else files[:1])]
+    return list(map(str, files)), np.array(labels, np.int64), _fractions(boxes, np.array(sizes, np.float32), resized), meta
+
+def _pixels(file):
+    "Width and height; 1 and 1 where decoding will say what is wrong."
+    try:
+        with Image.open(file) as im: return im.size
+    except OSError: return 1, 1
 
 # %% ../nbs/01_data.ipynb #2ebbc32c
 def _rows_train(root, wnids):
@@ -200,7 +207,7 @@ def load_tiny_imagenet(root, # folder `tiny-imagenet-200`, or the one that holds
     if split not in ("train", "val"): raise ValueError(f"split='{split}': use 'train' or 'val'")
     if download: download_tiny_imagenet(root)
     root = _find_tiny(root)
-    return _load(partial(_scan_tiny, root, split), root, f"{root.resolve().name}/{split}", size, cache, rebuild, workers)
+    return _load(partial(_scan_tiny, root, split, size is not None), root, f"{root.resolve().name}/{split}", size, cache, rebuild, workers)
 
 # %% ../nbs/01_data.ipynb #7b49b310
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -208,7 +215,8 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 def _scan_folder(root):
     classes = sorted(d for d in os.listdir(root) if (root/d).is_dir() and not d.startswith("."))
     if not classes: raise FileNotFoundError(f"{root}: no class folders; expected one sub-folder a class, with the images in it")
-    files, labels, stamps = [], [], stamp(*(Path(folder) for folder, _, _ in os.walk(root)))
+    files, labels = [], []
+    stamps = stamp(root, *(Path(folder) for c in classes for folder, _, _ in os.walk(root/c))) # a class may be a link to a folder
     for label, c in enumerate(classes):
         before = len(files)
         for folder, subs, names in os.walk(root/c):
@@ -241,8 +249,11 @@ def load_data(path, # Tiny ImageNet, a folder with train/ and val/ (or valid/, v
     path = Path(path).expanduser()
     if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder; give one with images, or fetch some with `robustcv data get`")
     if any((p/"wnids.txt").is_file() for p in (path, path/"tiny-imagenet-200")):
-        pair = tuple(load_tiny_imagenet(path, s, **kwargs) for s in ("train", "val"))
-        if size in (None, pair[0].images.shape[-1]): return pair # one cache serves both spellings
+        try: pair = tuple(load_tiny_imagenet(path, s, **kwargs) for s in ("train", "val"))
+        except ValueError: # such as images of several sizes
+            if size is None: raise
+        else:
+            if size in (None, pair[0].images.shape[-1]): return pair # one cache serves both spellings
         return tuple(load_tiny_imagenet(path, s, size=size, **kwargs) for s in ("train", "val"))
     for val in ("val", "valid", "validation"):
         if (path/"train").is_dir() and (path/val).is_dir():
@@ -251,6 +262,9 @@ def load_data(path, # Tiny ImageNet, a folder with train/ and val/ (or valid/, v
                 odd = set(pair[0].classes) ^ set(pair[1].classes)
                 raise ValueError(f"{path}: train and {val} have different classes: {', '.join(sorted(odd)[:5])} in one of them only")
             return pair
+    if (path/"train").is_dir() and not any(f.is_file() and f.suffix.lower() in EXTENSIONS for f in (path/"train").iterdir()):
+        raise ValueError(f"{path}: has train/, but no val/, valid/ or validation/ to measure on; rename the folder that is meant, "
+                         f"or give {path/'train'}, of which a share is kept for it")
     return split(load_folder(path, size, **kwargs), fraction)
 
 # %% ../nbs/01_data.ipynb #a4dbd01a
@@ -307,7 +321,7 @@ def show_images(images, # (N,3,H,W) uint8, or float in [0,1]
     "A grid of images, with titles and boxes."
     import matplotlib.pyplot as plt
     x = (images/255 if images.dtype == torch.uint8 else images).detach().cpu().float().clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    rows = -(-len(x)//columns)
+    columns = max(1, min(columns, len(x))); rows = max(1, -(-len(x)//columns))
     fig, axes = plt.subplots(rows, columns, figsize=(size*columns, (size + (0.2 if titles is not None else 0))*rows), squeeze=False)
     for i, ax in enumerate(axes.flat):
         ax.axis("off")

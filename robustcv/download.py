@@ -31,11 +31,12 @@ def download(url:str, # where the file is
     dest.parent.mkdir(parents=True, exist_ok=True)
     left = tries
     while (have := part.stat().st_size if part.exists() else 0) < size:
+        problem = "the connection broke"
         try: _fetch(url, part, have, size)
         except (OSError, http.client.HTTPException) as e: # URLError is an OSError
             if isinstance(e, OSError) and e.errno == errno.ENOSPC: raise OSError(e.errno, f"{part}: no space left; free {size - have:,} bytes") from None
-            left -= 1; problem = e
-        else: left = left - 1 if part.stat().st_size <= have else tries; problem = "the connection broke"
+            problem = e
+        left = tries if part.exists() and part.stat().st_size > have else left - 1
         if left <= 0: raise ConnectionError(f"cannot download {url}: {problem}; run again to continue at {have:,} of {size:,} bytes, "
                                             f"or put the file at {dest} yourself")
     if (found := _md5(part)) != md5:
@@ -55,7 +56,7 @@ def _fetch(url, part, have, size):
         resumed = r.status == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         with open(part, "ab" if resumed else "wb") as f, tqdm(initial=have if resumed else 0, total=size, unit="B", unit_scale=True,
                                                              desc=part.stem, disable=None, leave=False) as bar:
-            while chunk := r.read(1 << 18):
+            while chunk := r.read1(1 << 18): # what is there, so that a connection that breaks loses none of it
                 if f.tell() + len(chunk) > size: f.truncate(0); raise OSError(f"more than the expected {size:,} bytes arrived")
                 f.write(chunk); bar.update(len(chunk))
 

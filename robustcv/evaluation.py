@@ -9,7 +9,7 @@ __all__ = ['WEAKER', 'COLUMNS', 'TrustWarning', 'check_trust', 'check_results', 
 
 # %% ../nbs/05_evaluation.ipynb #c6162757
 import base64, math, time, warnings
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import numpy as np
 import pandas as pd
@@ -96,7 +96,7 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     if not len(images): raise ValueError(f"images: {images.name} is empty")
     device = pick_device(device)
     batch_size = batch_size or at_a_time(device)
-    served = cache(lambda n, size: Batches(spread_over(images, n), size, device=device))
+    served = lru_cache(4)(lambda n, size: Batches(spread_over(images, n), size, device=device))
     model, first, name = model.to(device), next(iter(served(len(images), batch_size))), "the model"
     with torch.random.fork_rng([device] if device.type == "cuda" else []): outputs = check_trust(model, first.images[:8], first.labels[:8])
     if outputs < len(images.classes): raise ValueError(f"model: has {outputs} outputs, {images.name} has {len(images.classes)} classes")
@@ -105,19 +105,19 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     folded = cache(lambda: fold_batchnorm(model))
     def row(p, size):
         return _measure({name: model}, {name: [name]}, served(p.most or len(images), size), p, precision, seed, folded() if p.fp32 else model)[name]
-    with evaluating(model): table = pd.DataFrame(_halving(row, perturbations, batch_size), columns=COLUMNS)
+    with evaluating(model): table = pd.DataFrame(_halving(row, perturbations, batch_size, served.cache_clear), columns=COLUMNS)
     check_results(table, len(images.classes))
     return table
 
 # %% ../nbs/05_evaluation.ipynb #5be26d35
-def _halving(row, perturbations, size):
-    "`row(perturbation, size)` of each, with half the size from where memory runs out."
+def _halving(row, perturbations, size, forget):
+    "`row(perturbation, size)` of each, with half the size from where memory runs out; `forget()` gives back what larger sizes took."
     rows = []
     while len(rows) < len(perturbations):
         try: rows.append(row(perturbations[len(rows)], size)); continue
         except (RuntimeError, MemoryError) as e:
             if size == 1 or not out_of_memory(e): raise
-        size //= 2
+        size //= 2; forget()
         warnings.warn(f"out of memory: going on with {size} images at a time; noise is drawn batch by batch, so it is other noise than with more", stacklevel=3)
     return rows
 
@@ -311,14 +311,15 @@ def plot_confusions(table:pd.DataFrame, # an evaluation with its column `predict
     pair = [table[table.perturbation == "clean"], table[(table.perturbation == perturbation) & same]]
     if any(p.empty for p in pair): raise ValueError(f"the table needs rows 'clean' and '{perturbation}' at strength {strength}")
     k, y = len(images.classes), images.labels.numpy()
-    counts = [np.zeros((k, k)) for _ in pair]
+    names = [*images.classes, *(f"output {i}" for i in range(k, 1 + max(int(max(p.predicted.iloc[0])) for p in pair)))]
+    counts = [np.zeros((k, len(names))) for _ in pair]
     for c, p in zip(counts, pair, strict=True): np.add.at(c, (y, p.predicted.iloc[0]), 1)
     change = 100*(counts[1] - counts[0])/np.maximum(1, np.bincount(y, minlength=k))[:, None]
     rows = np.argsort(change.diagonal())[:worst]
     columns = sorted(set(rows) | {int(change[r].argmax()) for r in rows})
     ax = ax or plt.subplots(figsize=(1.5 + .6*len(columns), .8 + .4*len(rows)))[1]
     sns.heatmap(change[np.ix_(rows, columns)], cmap="vlag_r", center=0, annot=True, fmt=".0f", ax=ax, cbar_kws={"label": "change (points)"},
-                xticklabels=[images.classes[c] for c in columns], yticklabels=[images.classes[r] for r in rows], annot_kws={"size": 8})
+                xticklabels=[names[c] for c in columns], yticklabels=[images.classes[r] for r in rows], annot_kws={"size": 8})
     ax.set(xlabel="predicted", ylabel="true", title=f"{perturbation} {'' if math.isnan(strength) else f'{strength:g}'}: change of the predictions")
     ax.tick_params(axis="x", rotation=45)
     return ax

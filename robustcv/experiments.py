@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import (SCALES, Scale, alone_with, append_record, atomic_path, choose, derive_seed, describe, load_records, make_record,
+from .core import (SCALES, Scale, alone_with, append_record, atomic_path, choose, derive_seed, describe, git_commit, load_records, make_record,
                            run_id, seed_everything)
 from .cache import cache_folder
 from .data import ImageSet, load_data, subset
@@ -253,14 +253,14 @@ class Job:
 
 def plan(sections:list, # names of sections
          scale:Scale, about:dict, # the scale, and what `describe_data` says of the images
-         seeds=None, # iterable; None: the scale's
+         seeds=None, # list; None: the scale's
          results="results", folder="runs", # of records and networks
          names=None, # of the runs; None: all; or a dictionary of names by section
         ) -> list: # of `Job`
     "What a grid of runs consists of, and how far it has come."
     records = [r for r in load_records(results) if r["scale"] == scale.name]
-    done, there, jobs = {r["id"] for r in records}, set(), []
-    for run, seed in ((r, s) for r in _chosen(sections, names) for s in (scale.seeds if seeds is None else seeds)):
+    done, there, jobs, seeds = {r["id"] for r in records}, set(), [], scale.seeds if seeds is None else list(seeds)
+    for run, seed in ((r, s) for r in _chosen(sections, names) for s in seeds):
         config, id = _identity(run, scale, seed, about)
         lacks = _lacking(run, seed, scale, about, folder) - there
         status = "on record" if id in done else "to train" if lacks else "to measure"
@@ -272,7 +272,7 @@ def plan(sections:list, # names of sections
 def _lacking(run, seed, scale, about, folder):
     "The folders of networks that a run needs, its own included, and that are not there."
     own = set() if run.members else {_home(run, scale, seed, about, folder)}
-    if own and _is_trained(*own): return set()
+    if own and _is_trained(*own): own, run = set(), replace(run, start=None)
     others = ([(m, seed) for m in (*run.members, *([run.start] if run.start else []))]
               + [(m, scale.seeds[0]) for m in run.sources if run.section in ATTACKED or run.members])
     needs = [_lacking(find_run(*m), k, scale, about, folder) for m, k in others]
@@ -345,6 +345,7 @@ def run_sections(sections:list, # names of sections
                 ) -> list: # the records of these runs at this scale on this data, old and new
     "Train and measure what is not on record yet."
     scale, device = SCALES[choose("scale", scale, SCALES)], join_processes(device)
+    git_commit() # of what runs from now on
     if not main_process(): say = lambda line: None
     at, spent, pooled = Setting(scale, *scale_data(scale, data, **kwargs), device, Path(folder), say, kwargs), [], {}
     jobs = plan(sections, scale, at.about, seeds, results, folder, names)

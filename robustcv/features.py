@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import generator, pick_device
-from .data import Batches, ImageSet, take
+from .core import derive_seed, generator, pick_device
+from .data import Batches, ImageSet
 from .models import Classifier
 from .symmetry import RandomSymmetry, orbit_features, split_at, symmetrize, turned
-from .training import PAUSE, Checkpoint, Training, _check_fit, _one_cycle, _signature, autocast, cross_entropy, fit, not_finite
+from .training import PAUSE, Checkpoint, Training, _check_fit, _one_cycle, _signature, autocast, cross_entropy, fit, not_finite, probe_images
 
 # %% ../nbs/04a_features.ipynb #44bf1b20
 @torch.no_grad()
@@ -51,11 +51,12 @@ def fit_from(model:Classifier, # trained in place, from a stage on
         print(f"from {first} on: features of {len(train):,} images in 8 orientations would take {size:.1f} GB, more than {most:g}: "
               "computed anew for every batch", flush=True)
         return fit(symmetrize(model) if pooled else model, train, turned(valid), transform=None if pooled else RandomSymmetry(),
-                   config=config, seed=seed, device=device, folder=folder)
+                   config=config, seed=seed, device=device, folder=folder, probe=turned(probe_images(train, valid, seed)))
     run = _cache(model, first, train, valid, config, seed, device, pooled)
     what = f"features before {first}{', pooled' if pooled else ''}"
     checkpoint = Checkpoint(folder, model, run.optimizer, run.schedule, folder and _signature(model, train, valid, cross_entropy, what, config, seed), PAUSE)
-    for epoch in range(checkpoint.load(), config.epochs): checkpoint.save(run.epoch(epoch))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for epoch in range(checkpoint.load(), config.epochs): checkpoint.save(run.epoch(epoch))
     if config.keep == "best": model.load_state_dict(checkpoint.best)
     model.eval()
     return pd.DataFrame(checkpoint.history)
@@ -67,7 +68,8 @@ class _Cached:
     after:nn.Module; cached:Tensor; probes:dict; batches:Batches; optimizer:object; schedule:object; config:Training; seed:int; pooled:bool
 
     def epoch(self, epoch):
-        self.after.train(); start, total, gen = time.perf_counter(), 0., generator(self.seed, "transform", epoch, device=self.cached.device)
+        self.after.train(); torch.manual_seed(derive_seed(self.seed, "epoch", epoch)) # for dropout
+        start, total, gen = time.perf_counter(), 0., generator(self.seed, "transform", epoch, device=self.cached.device)
         row = {"epoch": epoch + 1, "lr": self.schedule.get_last_lr()[0]}
         for b in self.batches.epoch(epoch):
             at = slice(None) if self.pooled else RandomSymmetry().draw(b.images, gen)["element"]
@@ -95,11 +97,10 @@ class _Cached:
 def _cache(model, first, train, valid, config, seed, device, pooled):
     "What the frozen layers make of all images, with an optimiser for the others."
     before, after = split_at(model, first)
-    few = take(train, torch.randperm(len(train), generator=generator(seed, "probe"))[:len(valid)].sort().values)
     with autocast(device, config.precision):
         cached = orbit_features(before, train, device=device)
         seen = lambda s: orbit_features(before, s, device=device) if pooled else orbit_features(before, turned(s), [0], device)
-        probes = {n: (seen(s), s.labels.to(device)) for n, s in (("train_accuracy", few), ("valid_accuracy", valid))}
+        probes = {n: (seen(s), s.labels.to(device)) for n, s in (("train_accuracy", probe_images(train, valid, seed)), ("valid_accuracy", valid))}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
     order = replace(train, images=train.images[:, :, :1, :1]) # only which images, and their labels, are needed from here on
     batches = Batches(order, config.batch_size, shuffle=True, drop_last=True, seed=seed, device=device)

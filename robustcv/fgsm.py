@@ -217,7 +217,7 @@ def square(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
         for i in range(1, queries):
             left = (margin > 0).nonzero().flatten()
             if not len(left): break
-            s = max(round(math.sqrt(_share(p, i, queries)*h*w)), 1)
+            s = min(max(round(math.sqrt(_share(p, i, queries)*h*w)), 1), h, w)
             t, l = (int(torch.randint(n - s + 1, (1,), **like)) for n in (h, w))
             new = best[left].clone()
             new[:, :, t:t+s, l:l+s] = torch.maximum(torch.minimum(new[:, :, t:t+s, l:l+s] + 2*eps*signs(c, 1, 1), x[left, :, t:t+s, l:l+s] + eps),
@@ -240,6 +240,8 @@ def _share(p, i, queries):
 def fold_batchnorm(model:nn.Module) -> nn.Module: # a frozen copy in evaluation mode
     "A copy in `channels_last` with batch normalisation folded into the convolutions, where the model can be traced; without folding where not."
     still = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    if any(m._forward_hooks or m._forward_pre_hooks for m in still.modules() if m is still or isinstance(m, (nn.Conv2d, nn.BatchNorm2d))):
+        return still # hooks there would be lost
     given = {n: p.default for n, p in inspect.signature(still.forward).parameters.items() if p.default is not p.empty} # traced as they are by default
     try: traced = torch.fx.symbolic_trace(still, given)
     except Exception: return still # tracing runs the model's own code on stand-ins for tensors, where anything in it may fail

@@ -150,7 +150,8 @@ def better() -> list[Run]:
     augment, mixed = baseline()[0].transform, dict(objective=mixed_loss, length=2.)
     strong = mixed | dict(transform=Compose(augment, PerImage(v2.TrivialAugmentWide())))
     return [Run("recipe", "baseline", transform=augment), Run("recipe", "CutMix", transform=augment, objective=mixed_loss),
-            Run("recipe", "longer", transform=augment, **mixed), Run("recipe", "TrivialAugment", **strong),
+            Run("recipe", "longer", transform=augment, **mixed), Run("recipe", "longer, no CutMix", transform=augment, length=2.),
+            Run("recipe", "TrivialAugment", **strong),
             *[Run("recipe", f"{s} stem", stem=s, **strong) for s in ("half", "small")],
             *[Run("recipe", f"longer, {s} stem", stem=s, transform=augment, **mixed) for s in ("half", "small")]]
 

@@ -187,6 +187,9 @@ def _pretrained_weights(name) -> dict:
         f"pretrained=True is for torchvision's models; for '{name}' save its state_dict and pass weights=FILE")
     weights = torchvision.models.get_model_weights(name).DEFAULT
     if name == "resnet18": weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    usual = weights.transforms()
+    if [*usual.mean, *usual.std] != [*IMAGENET_MEAN, *IMAGENET_STD] or name in ("googlenet", "inception_v3"): # these rescale pixels inside
+        raise ValueError(f"pretrained=True: the weights of {name} expect pixels that are normalised in another way than ours; choose another network")
     file = Path(torch.hub.get_dir())/"checkpoints"/os.path.basename(weights.url)
     if file.is_file():
         with open(file, "rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
@@ -201,10 +204,12 @@ def _pretrained_weights(name) -> dict:
 # %% ../nbs/03_models.ipynb #a89e8a42
 def save_model(model:Classifier, # to save
                path, # .safetensors file
+               state:dict|None=None, # its state at another time; None: as it is
               ):
     "Write weights and description into one file, atomically."
     meta = {"robustcv": json.dumps({**model.config, "classes": model.classes, "size": model.size, "trained_on": model.trained_on})}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.net.state_dict().items()}
+    state = model.state_dict() if state is None else state
+    tensors = {k.removeprefix("net."): v.detach().cpu().contiguous() for k, v in state.items() if k.startswith("net.")}
     with atomic_path(path) as part: part.write_bytes(save(tensors, meta))
 
 # %% ../nbs/03_models.ipynb #d01b69fa

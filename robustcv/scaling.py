@@ -98,7 +98,7 @@ def epoch_of(model:nn.Module, images:ImageSet, valid:ImageSet, # see `fit`
             ): # a function without arguments
     "An epoch of `fit`."
     seed_everything(0)
-    run = _set_up(model, images, valid, objective, transform, Training(1000, batch, lr=.01), 0, pick_device(), None)
+    run = _set_up(model, images, valid, objective, transform, Training(1000, batch, lr=.01), 0, pick_device(), None, None)
     return lambda: _epoch(run, 0)
 
 # %% ../nbs/29_scaling.ipynb #1aeccdc6

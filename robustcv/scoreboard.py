@@ -13,7 +13,7 @@ import pandas as pd
 
 from .core import choose
 from .perturbations import standard_perturbations
-from .tables import accuracies, network_id, one_setting
+from .tables import accuracies, network_id, one_setting, only_member
 from .grids import SECTIONS
 
 # %% ../nbs/23_scoreboard.ipynb #e581bf12
@@ -33,16 +33,25 @@ def _by_family(record):
     return means
 
 # %% ../nbs/23_scoreboard.ipynb #7a6e60a6
+def _label(record): return f"{record['section']} / {record['name']}"
+
+def _networks(records):
+    "The row of each record: the first label that its network has."
+    first, rows = {}, {}
+    for r in records:
+        if only_member(r) is None: rows[_label(r)] = first.setdefault(network_id(r), _label(r))
+    return [rows.get(_label(r) if (m := only_member(r)) is None else " / ".join(m), _label(r)) for r in records]
+
 def scoreboard(records:list, # of any sections, at one scale and on one data set
                runs=None, # "section / name" of each; None: all, a row a network, named after the first section that has it
               ) -> pd.DataFrame: # a row a run: accuracy in % by family, NaN where not measured; mean and worst of the standard families that every run has
     "Every run under every family of perturbations, averaged over seeds; a `ValueError` names a run that is not on record."
-    label, order, first = lambda r: f"{r['section']} / {r['name']}", list(SECTIONS), {}
+    order = list(SECTIONS)
     known = sorted(one_setting(records), key=lambda r: order.index(r["section"]) if r["section"] in order else len(order))
-    kept = known if runs is None else [r for n in runs for r in known if label(r) == choose("run", n, dict.fromkeys(map(label, known)))]
+    kept = known if runs is None else [r for n in runs for r in known if _label(r) == choose("run", n, dict.fromkeys(map(_label, known)))]
     if not kept: raise ValueError("runs: none is named")
-    row = lambda r: first.setdefault(network_id(r), label(r)) if runs is None else label(r)
-    t = pd.DataFrame([{"run": row(r), "seed": r["seed"], **_by_family(r)} for r in kept])
+    rows = _networks(kept) if runs is None else map(_label, kept)
+    t = pd.DataFrame([{"run": row, "seed": r["seed"], **_by_family(r)} for row, r in zip(rows, kept, strict=True)])
     t = t.groupby(["run", "seed"], sort=False).first().groupby("run", sort=False).mean() # of one network, what any section has measured
     t = t[[f for f in t if f in FAMILIES or t[f].notna().any()]]
     shared = t[[f for f in FAMILIES if t[f].notna().all()]]

@@ -39,7 +39,7 @@ def divergence(p:Tensor, q:Tensor) -> Tensor: # (B,)
 # %% ../nbs/14_stability.ipynb #1f5bd679
 def add_noise(x:Tensor, std) -> Tensor: # std: pixel units, a number, one a channel, or one a value
     "Gaussian noise, clipped to [0,1]."
-    return (x + torch.as_tensor(std, device=x.device)*torch.randn_like(x)).clamp(0, 1)
+    return (x + torch.as_tensor(std).to(x)*torch.randn_like(x)).clamp(0, 1)
 
 # %% ../nbs/14_stability.ipynb #eb93cfec
 @capturable
@@ -80,7 +80,7 @@ class RandomNoise(Transform):
 
     def transform(self, x, noise): return (x + self.std.to(x)*noise.to(x)).clamp_(0, 1)
 
-    def extra_repr(self): return f"std={[round(v, 4) for v in self.std.flatten().tolist()]}, p={self.p}"
+    def extra_repr(self): return f"std={[float(f'{v:.6g}') for v in self.std.flatten().tolist()]}, p={self.p}"
 
 # %% ../nbs/14_stability.ipynb #023c965d
 def shot_noise(x:Tensor, rate:float) -> Tensor: # rate: photons at full brightness
@@ -136,7 +136,7 @@ def corrupt(x:Tensor, # images (B,3,H,W) in [0,1]
             kind:str, # one of `SEVERITIES`
             severity:int, # 1 to 5
            ) -> Tensor: # (B,3,H,W) in [0,1]
-    "One kind of the common corruptions ([Hendrycks and Dietterich 2019](https://arxiv.org/abs/1903.12261)), at its strengths for Tiny ImageNet."
+    "A common corruption ([Hendrycks and Dietterich 2019](https://arxiv.org/abs/1903.12261)) as for Tiny ImageNet; `brightness` and `saturate` are milder."
     if kind not in SEVERITIES: raise ValueError(f"kind='{kind}': use one of {', '.join(SEVERITIES)}")
     if severity not in range(1, 6): raise ValueError(f"severity={severity}: a whole number from 1 to 5")
     f, strengths = SEVERITIES[kind]

@@ -8,7 +8,7 @@ __all__ = ['check_images', 'check_range', 'check_p', 'uniform', 'Transform', 'on
            'RandomRotation', 'RandomGrayscale', 'RandomGaussianBlur', 'gaussian_blur', 'Compose', 'Pad', 'PerImage']
 
 # %% ../nbs/02_transforms.ipynb #376fb7a0
-import math
+import math, threading
 from contextlib import contextmanager
 from numbers import Number
 
@@ -90,10 +90,17 @@ def one_by_one(x:Tensor) -> bool:
 @contextmanager
 def one_thread():
     "Compute in the calling thread alone: between threads, what one has written to its cache travels to the other."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if getattr(_HERE, "alone", False): yield; return
+    with _LOCK: # of several threads, the first finds how many are usual
+        if not _USUAL["now alone"]: _USUAL["threads"] = torch.get_num_threads()
+        _USUAL["now alone"] += 1
+    _HERE.alone = True; torch.set_num_threads(1)
     try: yield
-    finally: torch.set_num_threads(n)
+    finally:
+        _HERE.alone = False; torch.set_num_threads(_USUAL["threads"])
+        with _LOCK: _USUAL["now alone"] -= 1
+
+_HERE, _LOCK, _USUAL = threading.local(), threading.Lock(), {"threads": 1, "now alone": 0}
 
 def in_chunks(f, # maps images (b,3,H,W) and boxes (b,4) or None to images (b,3,h,w) and boxes or None
               x:Tensor, # (B,3,H,W)

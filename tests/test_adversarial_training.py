@@ -1,5 +1,6 @@
 """Adversarial objectives: equal to their naive formulations, and wired into `fit` as any other objective."""
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -112,9 +113,16 @@ def test_the_watch_adds_a_column_and_warns_of_collapse():
         warnings.simplefilter("error"); assert watch(model, Batches(zeros, 4)) == {"pgd_accuracy": 100.}
     model.to = 1
     with pytest.warns(CollapseWarning, match="0.0 %"): watch(model, Batches(zeros, 4))
+    some, watch = replace(zeros, labels=torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])), WatchPGD(.05, 1) # a quarter is chance
+    for model.to, left in ((0, 25.), (3, 0.)):
+        with warnings.catch_warnings(): warnings.simplefilter("error"); assert watch(model, Batches(some, 4)) == {"pgd_accuracy": left}
 
 @pytest.mark.parametrize("objective, word", [(partial(adversarial_loss, alpha=0), "alpha"), (partial(adversarial_loss, eps=8), "eps"),
     (partial(adversarial_data_loss, share=0), "share"), (partial(adversarial_data_loss, weight=0), "weight"),
     (partial(adversarial_data_loss, label="best"), "label")])
 def test_bad_settings_name_the_argument(batch, objective, word):
     with pytest.raises(ValueError, match=word): gradients(objective, batch)
+
+@pytest.mark.parametrize("objective", [partial(pgd_loss, steps=0), partial(trades_loss, steps=0)])
+def test_an_attack_without_steps_is_refused(batch, objective):
+    with pytest.raises(ValueError, match="steps=0: at least 1"): gradients(objective, batch)

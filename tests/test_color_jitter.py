@@ -230,3 +230,14 @@ def test_every_setting_shows_in_the_description(a, b):
 
 def test_equal_settings_have_equal_descriptions():
     assert describe(ColorJitter(.5)) == describe(ColorJitter((.5, 1.5))) == describe(ColorJitter([.5, 1.5]))
+
+def test_hues_of_gray_pixels_are_turned_in_half_precision():
+    gray = torch.full((1, 3, 2, 2), .5).half()
+    assert adjust_hue(gray, torch.tensor([.1])).allclose(gray, atol=1e-3)
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    shift = torch.tensor([.1, -.2, .3, .5])
+    torch.testing.assert_close(adjust_hue(x.half(), shift).float(), adjust_hue(x, shift), rtol=0, atol=.02)
+
+def test_a_hue_carries_no_gradient():
+    x = torch.rand(1, 3, 2, 2, requires_grad=True)
+    assert not adjust_hue(x, torch.tensor([.1])).requires_grad

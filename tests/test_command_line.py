@@ -55,6 +55,13 @@ def test_a_folder_of_ones_own_is_trained_and_measured(tmp_path):
     assert rows[0]["perturbation"] == "clean" and rows[0]["n"] == 8
     again = call("evaluate", out / "model.safetensors", data, "--size", 32, "--against", tmp_path / "table.json")
     assert "difference" in again
+    table = json.loads((tmp_path / "table.json").read_text()); del table["evaluation"][1]
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    with pytest.warns(UserWarning, match="table.json: 1 of 25 rows are not in it"):
+        fewer = call("evaluate", out / "model.safetensors", data, "--size", 32, "--against", tmp_path / "table.json")
+    assert all(line.split()[-3:] == ["0", "0", "8"] for line in fewer.splitlines()[-24:]), "each row is compared with its own"
+    (tmp_path / "table.json").write_text(json.dumps(dict(evaluation=table["evaluation"])))
+    assert "not a table written by" in call("evaluate", out / "model.safetensors", data, "--size", 32, "--against", tmp_path / "table.json", code=1)
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):

@@ -26,9 +26,15 @@ def test_one_seed_is_compared_image_by_image(p, q, n, confidence):
 def test_several_seeds_are_averaged_image_by_image(before, after, confidence):
     a, b = ([hits(p, 7*k + j) for j, p in enumerate(ps)] for k, ps in enumerate((before, after)))
     change = 100*(np.mean(b, 0) - np.mean(a, 0))
-    half = norm.ppf(.5 + confidence/2)*change.std(ddof=1)/math.sqrt(N)
+    more = np.append(change, [-100, 100]) # one image gained and one lost
+    half = norm.ppf(.5 + confidence/2)*more.std()/math.sqrt(N + 2)
     found = paired([made("a", h, s) for s, h in enumerate(a)], [made("b", h, s) for s, h in enumerate(b)], confidence=confidence)
-    assert found == pytest.approx((change.mean(), change.mean() - half, change.mean() + half))
+    assert found == pytest.approx((change.mean(), max(-100, more.mean() - half), min(100, more.mean() + half)))
+
+def test_agreement_of_all_seeds_on_all_images_is_no_certainty():
+    nothing = [[made(n, np.zeros(N, bool), s) for s in range(2)] for n in "ab"]
+    value, low, high = paired(*nothing)
+    assert value == 0 and low < -.5 and high > .5
 
 @pytest.mark.parametrize("before, after", [(1, 1), (3, 3), (1, 3), (2, 3)])
 @pytest.mark.parametrize("sd, df", [(1.5, 4), (.2, 40), (3., 1)])
@@ -104,6 +110,26 @@ def test_a_seed_s_luck_is_what_an_analysis_of_variance_leaves(networks, seed):
     records = [made(f"run {i}", right, s) for i, table in enumerate(tables) for s, right in enumerate(table)]
     df = sum(len(t) - 1 for t in tables)
     assert seed_spread(records, enough=3) == (pytest.approx(math.sqrt(max(0., sum(luck(t)*(len(t) - 1) for t in tables)/df)), abs=1e-5), df)
+
+@given(st.lists(st.tuples(st.integers(2, 4), st.floats(0, .5)), min_size=3, max_size=4), st.integers(0, 99))
+def test_a_seed_s_luck_with_a_change_is_that_of_the_table_of_changes(networks, seed):
+    rng, fog = np.random.default_rng(seed), ("fog", 1.)
+    tables = [[rng.random((seeds, 12)) < .5 + rng.uniform(-width, width, (seeds, 1)) for _ in range(2)] for seeds, width in networks]
+    records = [made(f"run {i}", clean, s, under={fog: foggy}) for i, both in enumerate(tables) for s, (clean, foggy) in enumerate(zip(*both, strict=True))]
+    df = sum(len(clean) - 1 for clean, _ in tables)
+    pooled = sum(luck(foggy*1. - clean)*(len(clean) - 1) for clean, foggy in tables)/df
+    assert seed_spread(records, fog, CLEAN, enough=3) == (pytest.approx(math.sqrt(max(0., pooled)), abs=1e-5), df)
+    assert seed_spread(records, fog, fog, enough=3) == (0., df)
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_what_seeds_share_under_two_conditions_does_not_widen_the_change(seeds):
+    foggy = [made("a", hits(.6, s), s, under={("fog", 1.): hits(.4, s + 9)}) for s in range(seeds)]
+    value, low, high = paired(foggy, foggy, CLEAN, ("fog", 1.))
+    more = student.ppf(.975, 6)*2/math.sqrt(seeds)
+    wider = value, value - math.hypot(value - low, more), value + math.hypot(high - value, more)
+    assert paired(foggy, foggy, CLEAN, ("fog", 1.), seeds=(2., 6)) == pytest.approx(wider)
+    better = [made(f"run {i}", np.arange(N) < 100 + k, s, under={("fog", 1.): np.arange(N) < 60 + k}) for i in range(3) for s, k in enumerate((0, 10, 20))]
+    assert seed_spread(better)[0] > 3 and seed_spread(better, ("fog", 1.), CLEAN)[0] < 1
 
 @pytest.mark.parametrize("sigma", [0., 2., 5.])
 def test_disagreement_about_single_images_is_no_luck_of_the_seed(sigma):

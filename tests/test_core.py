@@ -1,5 +1,6 @@
 """Seeds, devices, units, safe files and records."""
 import json
+import math
 import multiprocessing
 import os
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import given, strategies as st
 from torch import nn
 
 from robustcv import core
-from robustcv.core import (COLORS, IMAGENET_STD, append_record, atomic_path, check_record, choose, derive_seed, describe, generator, load_records,
+from robustcv.core import (COLORS, IMAGENET_STD, SCALES, append_record, atomic_path, check_record, choose, derive_seed, describe, generator, load_records,
                            make_record, model_colors, normalized, pick_device, run_id, seed_everything)
 
 BASE = make_record("baseline", "plain", "smoke", {"lr": 0.1}, 0, {"fingerprint": "abc"}, torch.device("cpu"), 1.5, {"accuracy": 0.5})
@@ -185,7 +186,7 @@ def test_describe_refuses_what_it_cannot_tell_apart(value):
 
 # colours
 
-@given(st.lists(st.sampled_from(sorted(COLORS)), unique=True), st.integers(0, 6))
+@given(st.lists(st.sampled_from(sorted(COLORS)), unique=True), st.integers(0, 5))
 def test_models_keep_their_colours_and_new_ones_get_others(known, k):
     new = [f"new {i}" for i in range(k)]
     colors = model_colors(new + known)
@@ -211,3 +212,40 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried"), True),
     (RuntimeError("shape mismatch"), False), (ValueError("can't allocate memory"), False)])
 def test_errors_that_mean_no_memory(error, said): assert core.out_of_memory(error) is said
+
+@dataclass
+class Scaled:
+    by:float=1.
+    def __call__(self, model, batch, backward): return 0
+
+@dataclass
+class Shifted(Scaled): pass
+
+def test_objectives_that_are_dataclasses_are_told_apart_by_their_class():
+    assert describe(Scaled()) == {"call": "Scaled", "by": 1.} != describe(Shifted()) and "call" not in describe(SCALES["smoke"])
+
+def test_a_setting_that_is_switched_off_against_its_default_tells_runs_apart():
+    def f(x, on=True, quiet=False): return x
+    ids = {run_id("s", "n", "smoke", describe(dict(run=partial(f, **kwargs))), 0, dict(fingerprint="f")) for kwargs in ({}, dict(on=False), dict(quiet=True))}
+    same = [run_id("s", "n", "smoke", describe(dict(run=partial(f, **kwargs))), 0, dict(fingerprint="f")) for kwargs in ({}, dict(quiet=False))]
+    assert len(ids) == 3 and same[0] == same[1]
+
+def test_a_number_that_json_cannot_hold_is_named(tmp_path):
+    record = make_record("s", "n", "smoke", {}, 0, dict(fingerprint="f"), torch.device("cpu"), 1., {"rows": [dict(accuracy=1.), dict(accuracy=math.nan)]})
+    with pytest.raises(ValueError, match=r"r.jsonl: record\['metrics'\]\['rows'\]\[1\]\['accuracy'\] is not a finite number"):
+        append_record(tmp_path/"r.jsonl", record)
+    assert not (tmp_path/"r.jsonl").exists()
+
+def test_the_commit_is_that_of_the_files_that_run(tmp_path, monkeypatch):
+    def git(*args):
+        call = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *args]
+        return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()
+    commit, package = core.git_commit.__wrapped__, tmp_path/"robustcv"
+    package.mkdir(); (tmp_path/"results").mkdir(); (package/"core.py").write_text("1"); (tmp_path/"results"/"r.jsonl").write_text("")
+    monkeypatch.setattr(core, "__file__", str(package/"core.py"))
+    git("init", "-q"); assert commit() == "unknown", "not part of this checkout"
+    git("add", "."); git("commit", "-qm", "a"); git("tag", "-a", "v9", "-m", "v9")
+    (tmp_path/"results"/"r.jsonl").write_text("a record")
+    assert commit() == git("rev-parse", "--short=12", "HEAD"), "records do not change what runs"
+    (package/"core.py").write_text("2")
+    assert commit() == git("rev-parse", "--short=12", "HEAD") + "-dirty"

@@ -435,6 +435,12 @@ def test_evaluation_goes_on_with_smaller_batches(error):
     assert [str(w.message).split(" images")[0].split()[-1] for w in told] == ["10", "5"] and seen == [20, 10, 5, 5, 5, 5]
     assert rows.correct.nunique() == 1 and (rows.n == 20).all()
 
+def test_a_model_may_have_more_outputs_than_there_are_classes():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3*16*16, 9)).eval(); model[1].bias.data[7] = 100
+    import matplotlib.pyplot as plt
+    ax = plot_confusions(table(model, perturbations=CLEAN), images(), "clean")
+    assert ax.get_xlabel() == "predicted"; plt.close("all")
+
 def test_an_image_that_does_not_fit_is_an_error():
     def greedy(x, y, m): raise torch.OutOfMemoryError("too large")
     with pytest.warns(UserWarning, match="going on with 1 images"), pytest.raises(torch.OutOfMemoryError):

@@ -75,15 +75,27 @@ def test_pooling_averages_seeds_and_takes_the_images_as_the_sample():
     one, two = unpack(record()["metrics"]["evaluation"]), [record(), record(seed=1)]
     rows = pool(two)  # a second seed that agrees on every image adds no information
     assert list(rows) == COLUMNS[:-1] and rows.n.equals(one.n) and np.allclose(rows.correct, one.correct)
-    m, n = one.hits[0].mean(), one.n[0]
-    half = norm.ppf(.975)*math.sqrt(m*(1 - m)/(n - 1))
+    m, n = (one.hits[0].sum() + 1)/(one.n[0] + 2), one.n[0] + 2 # one more at either end
+    half = norm.ppf(.975)*math.sqrt(m*(1 - m)/n)
     assert (rows.low[0]/100, rows.high[0]/100) == pytest.approx((max(0, m - half), min(1, m + half)))
     pd.testing.assert_frame_equal(pool([record()]), one)
 
 def test_pooled_hits_are_the_share_of_seeds():
     flipped = [1 - int(h) for h in unpack(record()["metrics"]["evaluation"]).hits[0]]
     rows = pool([record(), record(seed=1, hits=flipped)])
-    assert rows.hits[0].tolist() == [.5]*len(flipped) and rows.accuracy[0] == 50 and rows.low[0] == rows.high[0] == 50
+    assert rows.hits[0].tolist() == [.5]*len(flipped) and rows.accuracy[0] == 50 and 30 < rows.low[0] < 45 and 55 < rows.high[0] < 70
+
+def test_intervals_have_a_width_even_where_all_seeds_agree_on_all_images():
+    for hits in ([0]*10, [1]*10):
+        rows = pool([record(hits=hits), record(seed=1, hits=hits)])
+        assert rows.low[0] <= rows.accuracy[0] <= rows.high[0] and rows.high[0] - rows.low[0] > 5
+
+def test_rows_are_pooled_by_their_perturbation_wherever_they_stand():
+    one, two = record(), record(seed=1)
+    two["metrics"]["evaluation"] = two["metrics"]["evaluation"][::-1]
+    pd.testing.assert_frame_equal(pool([one, two]), pool([one, record(seed=1)]))
+    two["metrics"]["evaluation"] = two["metrics"]["evaluation"][1:]
+    assert len(pool([one, two])) == len(pool([one])) - 1
 
 def test_the_caption_says_what_a_figure_rests_on():
     said = caption([record(), record(seed=1)])

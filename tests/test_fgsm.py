@@ -266,3 +266,15 @@ def test_a_model_that_cannot_be_traced_is_attacked_as_it_is():
     for error in (ValueError, KeyError, AssertionError):
         model = Picky(error)
         assert torch.equal(fgsm(fold_batchnorm(model), x, y, .1), fgsm(model, x, y, .1))
+
+@pytest.mark.parametrize("shape", [(24, 32), (16, 48), (8, 8)])
+def test_squares_fit_into_images_that_are_none(shape):
+    x, net = torch.rand(3, 3, *shape, generator=generator(0)), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)).eval()
+    assert (square(net, x, net(x).argmax(1), 1e-4, 50, generator=generator(1)) - x).abs().max() <= 1e-4 + 1e-6
+
+@pytest.mark.parametrize("where", [lambda m: m, lambda m: m[0], lambda m: m[1]])
+def test_a_network_with_hooks_is_attacked_with_them(where):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3)).eval()
+    x = torch.rand(2, 3, 8, 8); net(x)
+    where(net).register_forward_pre_hook(lambda m, args: ((args[0] - .5)/.2,))
+    torch.testing.assert_close(fold_batchnorm(net)(x), net(x))

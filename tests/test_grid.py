@@ -110,6 +110,20 @@ def test_a_plan_says_what_is_left_and_trains_nothing(go, tmp_path, tiny, monkeyp
     assert [j.seconds for j in jobs] == [0, record["seconds"], pytest.approx(sum(e["seconds"] for e in record["metrics"]["evaluation"]))]
     assert show_plan(jobs).columns.tolist() == ["section", "run", "seed", "status", "minutes"] and len(show_plan(jobs)) == 3
 
+def test_a_network_to_be_measured_waits_for_the_one_that_attacks_it(go, tmp_path, tiny, monkeypatch):
+    source, target = replace(net("source"), training={"epochs": 2}), replace(net("target"), section="fgsm", sources=(("one", "source"),))
+    monkeypatch.setitem(SECTIONS, "one", lambda: [source]); monkeypatch.setitem(SECTIONS, "fgsm", lambda: [target])
+    status = lambda: [j.status for j in plan(["fgsm"], SCALES["smoke"], describe_data(*scale_data(SCALES["smoke"], tiny)),
+                                             results=tmp_path/"results", folder=tmp_path/"runs")]
+    go([source, replace(target, section="one", sources=())], names=["target"])
+    assert status() == ["to train"], "the network of target is there, that of source is not"
+    go([source], names=["source"])
+    assert status() == ["to measure"]
+
+def test_seeds_may_be_any_iterable(tmp_path, tiny, monkeypatch):
+    monkeypatch.setitem(SECTIONS, "one", lambda: [net("a"), net("b")]); monkeypatch.setitem(SECTIONS, "two", list)
+    assert [j.seed for j in planned(tmp_path, tiny, seeds=iter([0, 1]))] == [0, 1, 0, 1]
+
 def test_a_plan_counts_the_trainings_that_others_need(go, tmp_path, tiny, monkeypatch):
     first, pooled = net("first"), Run("two", "pooled", members=(("one", "first"), ("one", "on")))
     on = replace(net("on"), start=("one", "first"), first="head", objective=cross_entropy)

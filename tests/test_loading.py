@@ -355,3 +355,32 @@ def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_pat
     else: content[at:at + 4] = (30_000).to_bytes(2, "big")*2
     file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"0.{kind}: .*exceeds limit"): load_folder(root, size)
+
+def test_a_folder_for_training_without_one_to_measure_on_is_no_class(tmp_path, cache):
+    root = write_tree(tmp_path/"d", ("train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png"))
+    with pytest.raises(ValueError, match="d: has train/, but no val/, valid/ or validation/ to measure on; rename .*, or give .*d/train"):
+        load_data(root, cache=cache)
+    vehicles = write_tree(tmp_path/"v", [f"{c}/{i}.png" for c in ("boat", "train") for i in range(5)])
+    assert load_data(vehicles, cache=cache)[0].classes == ("boat", "train")
+
+def test_a_new_image_behind_a_link_is_noticed(tmp_path, cache):
+    write_tree(tmp_path/"real", ("cat/0.png", "dog/0.png")); (tmp_path/"links").mkdir()
+    for c in ("cat", "dog"): (tmp_path/"links"/c).symlink_to(tmp_path/"real"/c)
+    assert len(load_folder(tmp_path/"links", cache=cache)) == 2
+    picture(9).save(tmp_path/"real"/"cat"/"1.png")
+    assert len(load_folder(tmp_path/"links", cache=cache)) == 3
+
+def test_images_of_several_sizes_in_the_official_layout_keep_their_boxes_when_resized(official, cache):
+    folder, file = official/"train"/"s00000001"/"images", official/"train"/"s00000001"/"s00000001_boxes.txt"
+    picture(1, (64, 32)).save(folder/"s00000001_0.JPEG"); picture(1, (32, 96)).save(folder/"s00000001_1.JPEG")
+    given = {0: (16, 0, 31, 15), 1: (0, 0, 31, 15), 2: (0, 0, 15, 15)} # inclusive; the second one is cropped away
+    edit(file, lambda n, line: "\t".join(map(str, (f"s00000001_{n}.JPEG", *given[n]))) if n in given else line)
+    boxes = load_data(official, size=16, cache=cache)[0].boxes[:3]
+    torch.testing.assert_close(boxes, torch.tensor([[0, 0, .5, .5], [0, 0, 1, 0], [0, 0, .5, .5]]))
+    with pytest.raises(ValueError, match="pass size= to resize them all"): load_data(official, cache=cache)
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_of_an_unknown_range_are_refused(tmp_path, cache, mode):
+    write_tree(tmp_path/"d", ("a/0.png", "b/0.png"))
+    Image.fromarray(np.ones((16, 16), np.float32 if mode == "F" else np.int32)).save(tmp_path/"d"/"a"/"1.tif")
+    with pytest.raises(ValueError, match=rf"1.tif: not a readable image \(its pixels have mode '{mode}'"): load_folder(tmp_path/"d", cache=cache)

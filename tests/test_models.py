@@ -286,3 +286,7 @@ def test_evaluation_mode_is_lent_and_every_module_gets_its_own_back():
         assert not any(m.training for m in (*model.modules(), *other.modules()))
         raise KeyError
     assert {n: m.training for n, m in model.named_modules()} == before and all(m.training for m in other.modules())
+
+@pytest.mark.parametrize("name", ["efficientnet_v2_l", "googlenet", "inception_v3"])
+def test_weights_for_another_normalisation_are_refused(name):
+    with pytest.raises(ValueError, match=f"the weights of {name} expect pixels that are normalised in another way"): build_model(name, 5, pretrained=True)

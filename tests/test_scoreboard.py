@@ -104,6 +104,16 @@ def test_a_network_that_several_sections_measure_has_one_row_with_all_that_they_
     assert board["clean"].iloc[0] == (first + second)/2, "the first section's where both have measured, the mean over seeds"
     assert scoreboard(records, ["stability / baseline", "baseline / plain"]).index.tolist() == ["stability / baseline", "baseline / plain"], "asked for by name"
 
+def test_an_ensemble_of_one_is_its_member():
+    of = lambda *members: {"config": {"run": {"section": "ensemble", "members": [list(m) for m in members]}}}
+    seen = [made("E", "random_erase"), made("E", "random_erase", 1), made("FE", "random_erase")]
+    one, both = made("E", "ensemble", under=more(also=[(("JPEG", 30.), 40.)])) | of(("random_erase", "E")), \
+        made("ensemble", "ensemble") | of(("random_erase", "E"), ("random_erase", "FE"))
+    board = scoreboard([*seen, one, both])
+    assert board.index.tolist() == ["random_erase / E", "random_erase / FE", "ensemble / ensemble"] and board.JPEG.iloc[0] == 40
+    assert board["clean"].iloc[0] == scoreboard(seen)["clean"].iloc[0], "as its own section has measured it"
+    assert scoreboard([one, both]).index.tolist() == ["ensemble / E", "ensemble / ensemble"], "of which nothing else is on record"
+
 def test_rows_are_told_apart_as_the_folders_of_networks_are():
     scale, about, runs = SCALES["lite"], dict(fingerprint="f"), [r for runs in SECTIONS.values() for r in runs()]
     def split(key): return {frozenset(i for i, r in enumerate(runs) if key(r) == k) for k in map(key, runs)}

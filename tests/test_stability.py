@@ -13,7 +13,7 @@ from robustcv.core import generator, normalized
 from robustcv.data import Batch, ImageSet
 from robustcv.perturbations import Perturbation
 from robustcv.evaluation import evaluate, measure_certificates, spread_over
-from robustcv.stability import (SEVERITIES, RandomNoise, certified_accuracy, certify, corrupt, defocus, divergence, jpeg, lower_bound, pixelate,
+from robustcv.stability import (SEVERITIES, RandomNoise, add_noise, certified_accuracy, certify, corrupt, defocus, divergence, jpeg, lower_bound, pixelate,
                                 rescale, salt_and_pepper, shot_noise, stability_loss, uniform_noise)
 
 X = torch.rand(8, 3, 8, 8, generator=generator(0))
@@ -169,3 +169,8 @@ def test_a_certificate_leaves_the_model_as_it_was():
                                           ({"n": 0}, "n=0: at least 1"), ({"n0": 2.5}, "n0=2.5")])
 def test_a_certificate_needs_sensible_numbers(kwargs, said):
     with pytest.raises(ValueError, match=said): certify(Half(), ImageSet(PIXELS, torch.zeros(20).long(), ("a", "b")), **{"sigma": .1, **kwargs})
+
+def test_noise_keeps_half_precision(): assert add_noise(torch.rand(2, 3, 4, 4).half(), normalized(.1)).dtype == torch.float16
+
+def test_noises_of_small_deviations_have_descriptions_of_their_own():
+    assert repr(RandomNoise(1e-5)) != repr(RandomNoise(2e-5)) and "0.0229, 0.0224, 0.0225" in repr(RandomNoise(normalized(.1)))

@@ -192,6 +192,20 @@ def test_interrupted_training_on_features_is_continued_from_the_last_checkpoint(
     train(folder=tmp_path/"quick")
     assert not (tmp_path/"quick").exists()
 
+def test_both_ways_measure_training_accuracy_on_the_same_turned_images(sets):
+    config = Training(2, 12, lr=.02, precision="fp32")
+    cached, plain = (fit_from(fresh(), "layer4", *sets, config, device="cpu", most=most) for most in (4., 0.))
+    assert cached.train_accuracy.tolist() == plain.train_accuracy.tolist() and cached.valid_accuracy.tolist() == plain.valid_accuracy.tolist()
+
+def test_dropout_on_features_does_not_depend_on_what_was_drawn_before(sets):
+    losses = []
+    for before in (1, 2):
+        torch.manual_seed(0); model = build_model("mobilenet_v3_small", len(sets[0].classes))
+        torch.manual_seed(before); state = torch.get_rng_state()
+        losses.append(fit_from(model, "head", *sets, Training(2, 12, lr=.02, precision="fp32"), device="cpu").loss.tolist())
+        assert torch.equal(torch.get_rng_state(), state)
+    assert losses[0] == losses[1]
+
 def test_features_of_every_orientation_are_those_of_the_turned_images(sets):
     before, _ = split_at(fresh().eval(), "layer2")
     f = orbit_features(before, sets[1], device="cpu")

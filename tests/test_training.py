@@ -18,7 +18,7 @@ from robustcv.data import Batch, Batches, ImageSet, take
 from robustcv.models import build_model, load_model, save_model
 from robustcv.adversarial_training import FreeAdversarial, WarmUp, adversarial_loss
 from robustcv.recipe import mixed_loss
-from robustcv.training import Training, _Run, accuracy, autocast, cross_entropy, fit, plot_history
+from robustcv.training import Checkpoint, Training, _Run, accuracy, autocast, cross_entropy, fit, plot_history
 from robustcv.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 K, CONFIG = 3, Training(epochs=3, batch_size=8, lr=0.01, precision="fp32")
@@ -235,8 +235,32 @@ def test_a_classifier_leaves_its_best_weights_and_classes_as_a_model_file(tmp_pa
     assert best.classes == model.classes == tuple("abc")
     assert all(torch.equal(a, b) for a, b in zip(best.state_dict().values(), model.state_dict().values(), strict=True))
 
+def test_the_best_weights_are_in_the_model_file_even_if_their_epoch_was_not_written(tmp_path):
+    model, states = build_model("shufflenet_v2_x0_5", K), []
+    checkpoint = Checkpoint(tmp_path, model, torch.optim.SGD(model.parameters(), .1), torch.nn.Identity(), "s", pause=math.inf)
+    for epoch, right in enumerate((10., 50., 20.)):
+        torch.nn.init.constant_(model.net.fc.weight, epoch); states.append({k: v.clone() for k, v in model.state_dict().items()})
+        checkpoint.save({"valid_accuracy": right}, last=epoch == 2)
+        assert (tmp_path/"best.safetensors").exists() == (tmp_path/"state.pt").exists() == (epoch == 2)
+    best = load_model(tmp_path/"best.safetensors").state_dict()
+    assert all(torch.equal(best[k], v) for k, v in states[1].items()) and best.keys() == states[1].keys()
+
 
 # refusals
+
+def test_a_checkpoint_of_other_layers_is_refused(tmp_path):
+    other = lambda act: nn.Sequential(nn.Conv2d(3, 4, 3), act, nn.Flatten(), nn.Linear(144, K))
+    run(other(nn.ReLU()), folder=tmp_path)
+    for model in (other(nn.Tanh()), nn.Sequential(nn.Flatten(), nn.Linear(192, K))):
+        with pytest.raises(ValueError, match="other settings or data"): run(model, folder=tmp_path)
+    run(other(nn.ReLU()), folder=tmp_path)
+
+def test_training_accuracy_is_measured_on_the_probe():
+    model, data = linear(), images()
+    wrong = replace(data, labels=(data.labels + 1) % K)
+    history = run(model, config=replace(CONFIG, epochs=10), probe=wrong)[1]
+    correct, total = accuracy(model, Batches(wrong, 8), "fp32").tolist()
+    assert history.train_accuracy.iloc[-1] == 100*correct/total
 
 def blow_up(at, value=math.nan):
     calls = []

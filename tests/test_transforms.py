@@ -2,6 +2,7 @@
 import platform
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -350,3 +351,15 @@ def test_images_that_are_too_small_are_refused(t, argument):
     with pytest.raises(ValueError, match=argument): t(batch())
 
 def test_the_blur_of_no_image_is_none(): assert gaussian_blur(batch()[:0], torch.ones(0)).shape == (0, 3, 16, 20)
+
+def test_threads_that_transform_at_once_leave_the_number_of_torch_threads_alone():
+    usual, x, found = torch.get_num_threads(), torch.rand(256, 3, 32, 32), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(5):
+            at_once = [threading.Thread(target=lambda: Compose(RandomHorizontalFlip(), RandomCrop(32, 4))(x)) for _ in range(3)]
+            for t in at_once: t.start()
+            for t in at_once: t.join()
+            later = threading.Thread(target=lambda: found.append(torch.get_num_threads())); later.start(); later.join()
+    finally: torch.set_num_threads(usual)
+    assert found == [2]*5
