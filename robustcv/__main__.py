@@ -15,7 +15,7 @@ import typer
 
 from .benchmarks import MEASURES, bench
 from .claims import ledger, summary_table
-from .core import SCALES, SIZES, atomic_path, choose, device_name, load_records, pick_device, seed_everything, set_style
+from .core import SCALES, SIZES, alone_with, atomic_path, choose, device_name, disk_errors, load_records, pick_device, seed_everything, set_style
 from .data import known_boxes, load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, unpack
@@ -53,7 +53,7 @@ def command(group, name=None):
                 raise typer.Exit(143 if isinstance(e, _Terminated) else 130) from None
             except BrokenPipeError: # the reader, such as `head`, has seen enough
                 sys.stdout = open(os.devnull, "w"); raise typer.Exit(0) from None
-            except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as e:
+            except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, AssertionError) as e: # torch and its networks assert what they are given
                 if _debug: raise
                 print(f"error: {e}", file=sys.stderr); raise typer.Exit(1) from None
         return group.command(name)(guarded)
@@ -105,11 +105,20 @@ def train(data:Path=typer.Argument(..., help="Images: Tiny ImageNet, train/ and 
           device:str=typer.Option(None, help="'cpu', 'cuda', 'cuda:1'; default: the best there is.")):
     "Train a classifier; run the same command again to continue after an interruption.\n\nExample: `robustcv train photos --epochs 20 --out runs/photos`"
     images, valid = load_data(data, size)
+    with disk_errors(out): out.mkdir(parents=True, exist_ok=True)
+    if (out/"model.safetensors").exists() and not (out/"state.pt").exists():
+        raise FileExistsError(f"{out/'model.safetensors'}: is there, without the checkpoint that it came from; move it away, or choose another folder")
+    with alone_with(out/".training", wait=False) as free:
+        if not free: raise RuntimeError(f"{out}: another process is training there; choose another folder, or wait until it is done")
+        settings = Training(epochs=epochs, batch_size=min(batch_size, len(images)), lr=lr, precision=precision)
+        _train(images, valid, out, model, stem, pretrained, weights, augment, settings, size, seed, device)
+
+def _train(images, valid, out, model, stem, pretrained, weights, augment, settings, size, seed, device):
+    "As `train`, in a folder that is this process's."
     seed_everything(seed)
     net = build_model(model, len(images.classes), pretrained, stem, weights)
     transform = Compose(RandomHorizontalFlip(), RandomCrop(size, max(1, size//16), "reflect")) if augment else None
     print(f"{model} on {device_name(pick_device(device))}: {len(images):,} training and {len(valid):,} validation images, {len(images.classes)} classes")
-    settings = Training(epochs=epochs, batch_size=min(batch_size, len(images)), lr=lr, precision=precision)
     history = fit(net, images, valid, transform=transform, config=settings, seed=seed, device=device, folder=out)
     if not main_process(): return
     save_model(net, out/"model.safetensors"); history.to_csv(out/"history.csv", index=False)
@@ -127,20 +136,23 @@ def evaluate_model(model:Path=typer.Argument(..., help="File written by `robustc
     "Measure a model under the standard perturbations.\n\nExample: `robustcv evaluate runs/photos/model.safetensors photos --out photos.json`"
     net = load_model(model)
     valid = load_data(data, size or net.size or 64)[1]
+    other = _read_table(against, valid.fingerprint) if against else None
+    if out and out.is_dir(): raise IsADirectoryError(f"{out}: is a folder; give the name of a file")
     if net.classes is not None and net.classes != valid.classes:
         raise ValueError(f"{model}: was trained on {len(net.classes)} classes ({', '.join(net.classes[:3])}, …); "
                          f"{data} has {len(valid.classes)} ({', '.join(valid.classes[:3])}, …)")
     result = evaluate(net, valid, precision=precision, device=device)
-    pairs = _pairs(_read_table(against, valid.fingerprint), result, against) if against else None
-    _show(result[COLUMNS[:8]])
-    if pairs: _show(pd.DataFrame([dict(perturbation=p, strength=s, **compare(a, b)) for p, s, a, b in pairs]))
     if out:
         with atomic_path(out) as part:
             part.write_text(json.dumps(dict(model=str(model), data=str(data), fingerprint=valid.fingerprint, evaluation=pack(result))))
+    _show(result[COLUMNS[:8]])
+    if other is not None and (pairs := _pairs(other, result, against)):
+        _show(pd.DataFrame([dict(perturbation=p, strength=s, **compare(a, b)) for p, s, a, b in pairs]))
 
 # %% ../nbs/40_command_line.ipynb #bc643c2b
 def _read_table(path, fingerprint):
     "A table written by `robustcv evaluate --out`, of the same images."
+    if not path.is_file(): raise FileNotFoundError(f"{path}: no such table; write one with `robustcv evaluate --out`")
     try: table = json.loads(path.read_text()); rows, measured = unpack(table["evaluation"]), table["fingerprint"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise ValueError(f"{path}: not a table written by `robustcv evaluate --out`") from None

@@ -115,7 +115,7 @@ def open_cache(path, # file to map
             t = {k: f.get_tensor(k) for k in f.keys()}
         return make(images=t["images"], labels=t["labels"], classes=tuple(meta["classes"]), boxes=t.get("boxes"), digests=t["digests"],
                     synthetic=meta["synthetic"])
-    except (SafetensorError, ValueError, KeyError) as e: # ValueError: JSON, or parts that do not fit together
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as e: # JSON, or parts that do not fit together
         warnings.warn(f"{path}: damaged cache file ({e}); decoding again", stacklevel=2); return None
 
 # %% ../nbs/01a_cache.ipynb #8eeb1233

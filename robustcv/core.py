@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SIZES', 'SCALES', 'SCHEMA', 'RECORD_FIELDS', 'COLORS', 'choose', 'derive_seed',
            'generator', 'seed_everything', 'pick_device', 'device_name', 'out_of_memory', 'keep_freed_memory',
-           'capturable', 'normalized', 'per_channel', 'Scale', 'disk_errors', 'atomic_path', 'alone_with', 'essence',
-           'run_id', 'describe', 'git_commit', 'library_versions', 'make_record', 'check_record', 'append_record',
-           'load_records', 'set_style', 'model_colors']
+           'one_thread', 'capturable', 'normalized', 'per_channel', 'Scale', 'disk_errors', 'atomic_path', 'alone_with',
+           'essence', 'run_id', 'describe', 'git_commit', 'library_versions', 'make_record', 'check_record',
+           'append_record', 'load_records', 'set_style', 'model_colors']
 
 # %% ../nbs/00_core.ipynb #e5bf156a
-import ctypes, difflib, errno, glob, hashlib, json, math, os, platform, random, subprocess, time, warnings
+import ctypes, difflib, errno, glob, hashlib, json, math, os, platform, random, subprocess, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -90,6 +90,21 @@ def keep_freed_memory(most:int=2**30): # bytes
 
 keep_freed_memory()
 
+# %% ../nbs/00_core.ipynb #a8298e2d
+@contextmanager
+def one_thread():
+    "Compute in the calling thread alone: between threads, what one has written to its cache travels to the other."
+    if getattr(_HERE, "alone", False): yield; return
+    with _LOCK: # of several threads, the first finds how many are usual
+        if not _USUAL["now alone"]: _USUAL["threads"] = torch.get_num_threads()
+        _USUAL["now alone"] += 1
+    try: _HERE.alone = True; torch.set_num_threads(1); yield
+    finally:
+        _HERE.alone = False; torch.set_num_threads(_USUAL["threads"])
+        with _LOCK: _USUAL["now alone"] -= 1
+
+_HERE, _LOCK, _USUAL = threading.local(), threading.Lock(), {"threads": 1, "now alone": 0}
+
 # %% ../nbs/00_core.ipynb #8413c353
 def capturable(objective): # objective(model, batch, backward) -> loss
     "Mark an objective that a CUDA graph may record: it draws from the device's global generator alone, reads no number from the device, keeps no state."
@@ -148,7 +163,8 @@ def disk_errors(path, # what is being written
     try: yield
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS): raise
-        raise OSError(e.errno, f"cannot write {path}: {os.strerror(e.errno)}; free some space or choose another folder "
+        what = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "give yourself the right to write there"
+        raise OSError(e.errno, f"cannot write {path}: {os.strerror(e.errno)}; {what} or choose another folder "
                       "(for the cache: the environment variable ROBUSTCV_CACHE or the argument cache=)") from None
 
 # %% ../nbs/00_core.ipynb #0c736244
@@ -219,7 +235,7 @@ def describe(obj): # a dataclass, module, function, partial, tensor, container o
     if obj is None or isinstance(obj, (bool, int, float, str)): return obj
     if isinstance(obj, (list, tuple)): return [describe(o) for o in obj]
     if isinstance(obj, dict): return {str(k): describe(v) for k, v in obj.items()}
-    if isinstance(obj, Tensor): return obj.tolist()
+    if isinstance(obj, (Tensor, np.generic)): return obj.tolist()
     if isinstance(obj, partial):
         given = signature(obj.func).parameters
         off = [k for k, v in obj.keywords.items() if _is_off(v) and v != getattr(given.get(k), "default", v)] # whose values `essence` drops
@@ -274,7 +290,16 @@ def check_record(record, # what a line of a record file held
         raise ValueError(f"{where}: schema {record.get('schema')!r}, this version of robustcv reads schema {SCHEMA}: rerun, or upgrade robustcv")
     for field, kind in RECORD_FIELDS.items():
         if not isinstance(record.get(field), kind): raise ValueError(f"{where}: field '{field}' is missing or has the wrong type")
+    for i, row in enumerate(record["metrics"].get("evaluation", ())): _check_row(row, f"{where}: metrics, evaluation, row {i + 1}")
     return record
+
+def _check_row(row, where):
+    "What is wrong with one measurement, if something is."
+    if not isinstance(row, dict): raise ValueError(f"{where}: a measurement is a JSON object, not {type(row).__name__}")
+    for field, kind in dict(perturbation=str, strength=(int, float, type(None)), correct=int, n=int, hits=str).items():
+        if not isinstance(row.get(field), kind): raise ValueError(f"{where}: field '{field}' is missing or has the wrong type")
+    if not 0 <= row["correct"] <= row["n"] or not row["n"]: raise ValueError(f"{where}: {row['correct']} correct of {row['n']}")
+    if len(row["hits"]) != 4*math.ceil(row["n"]/24): raise ValueError(f"{where}: field 'hits' is not of {row['n']} images")
 
 # %% ../nbs/00_core.ipynb #757da36b
 def append_record(path, # JSON lines file; created if missing

@@ -21,7 +21,7 @@ from .core import derive_seed, model_colors, normalized, out_of_memory, pick_dev
 from .data import Batches, ImageSet, known_boxes, take
 from .ensemble import combine
 from .fgsm import fold_batchnorm
-from .models import evaluating
+from .models import check_tensor, evaluating
 from .multi_task import box_iou, linear_probe, predict_boxes
 from .perturbations import ORBIT, Perturbation, standard_perturbations
 from .stability import certify
@@ -44,6 +44,7 @@ def check_trust(model:nn.Module, # to be evaluated
     with evaluating(model), torch.enable_grad():
         x = images.clone().requires_grad_(True)
         out = model(x)
+        check_tensor(out)
         if not out.isfinite().all(): raise ValueError("model: its outputs are not finite; the weights are damaged or the input is not in [0,1]")
         if out.ndim != 2 or int(labels.max()) >= out.shape[1]:
             raise ValueError(f"model: its output of shape {tuple(out.shape)} has no logit for label {int(labels.max())}")

@@ -107,7 +107,11 @@ def network(run:Run, seed:int, at:Setting) -> tuple: # `Classifier` in evaluatio
     if not _is_trained(where):
         with alone_with(where.parent/".locks"/where.name):
             if not _is_trained(where): _train_and_keep(run, seed, at, where)
-    return load_model(where/"model.safetensors"), pd.DataFrame(json.loads((where/"history.json").read_text()))
+    try: history = pd.DataFrame(json.loads((where/"history.json").read_text()))
+    except ValueError as e: raise ValueError(f"{where/'history.json'}: damaged ({e}); remove the folder {where} to train that network again") from None
+    if history.empty: raise ValueError(f"{where/'history.json'}: empty; remove the folder {where} to train that network again")
+    try: return load_model(where/"model.safetensors"), history
+    except (ValueError, FileNotFoundError) as e: raise ValueError(f"{e}: remove the folder {where} to train that network again") from None
 
 def _train_and_keep(run, seed, at, where):
     model, history = _train(run, seed, at, where)

@@ -36,17 +36,20 @@ def attacking(model:nn.Module, # attacked inside of the `with`
     finally:
         for p, was in wanted: p.requires_grad_(was)
 
-def check_attack(x:Tensor, y:Tensor, eps) -> Tensor: # the radius as a tensor that broadcasts over images
+def check_attack(x:Tensor, y:Tensor, eps, norm:str="linf") -> Tensor: # the radius as a tensor that broadcasts over images
     "Raise a `ValueError` that says what is wrong with images, labels or radius."
     check_images(x)
-    low, high = torch.stack(x.aminmax()).tolist()
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise ValueError(f"labels: expected {len(x)} whole numbers (int64), got {y.dtype} of shape {tuple(y.shape)}")
+    low, high, least = torch.stack([*x.aminmax(), y.min().clamp(-1, 0).to(x.dtype)]).tolist()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"images: pixels from {low:.3g} to {high:.3g}; an attack expects [0,1], with the normalisation inside the model")
-    if y.shape != x.shape[:1] or y.is_floating_point(): raise ValueError(f"labels: expected {len(x)} whole numbers, got {y.dtype} of shape {tuple(y.shape)}")
+    if least < 0: raise ValueError("labels: one is negative; a label is the number of a class, from 0")
     radius = torch.as_tensor(eps, dtype=x.dtype).detach()
     if radius.numel() not in (1, 3): raise ValueError(f"eps: a number, or one a channel; got shape {tuple(radius.shape)}")
     if not (radius >= 0).all() or not radius.isfinite().all(): raise ValueError(f"eps={eps}: a radius is finite and not negative")
-    if (radius > 1).any(): raise ValueError(f"eps={eps}: pixels are in [0,1]; a radius in units of 0 to 255 must be divided by 255")
+    if (radius > (1 if norm == "linf" else math.sqrt(x[0].numel()))).any():
+        raise ValueError(f"eps={eps}: pixels are in [0,1]; a radius in units of 0 to 255 must be divided by 255")
     return per_channel(radius, x)
 
 # %% ../nbs/12_fgsm.ipynb #cb53966c
@@ -113,7 +116,7 @@ def pgd(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
         generator:torch.Generator|None=None, # source of chance
        ) -> Tensor: # adversarial copy of `x`, in [0,1]
     "Projected gradient ascent ([Madry et al. 2017](https://arxiv.org/abs/1706.06083))."
-    eps = _check_pgd(check_attack(x, y, eps), steps, norm, restarts, random_start)
+    eps = _check_pgd(check_attack(x, y, eps, norm), steps, norm, restarts, random_start, step_size)
     size, sign, best, most = 2.5*eps/steps if step_size is None else step_size, -1 if targeted else 1, None, None
     with attacking(model):
         for _ in range(restarts):
@@ -127,7 +130,8 @@ def pgd(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     return best.detach()
 
 # %% ../nbs/12_fgsm.ipynb #a16fc734
-def _check_pgd(eps, steps, norm, restarts, random_start):
+def _check_pgd(eps, steps, norm, restarts, random_start, step_size=None):
+    if step_size is not None and not (torch.as_tensor(step_size) > 0).all(): raise ValueError(f"step_size={step_size}: above 0; None: 2.5 eps / steps")
     if norm not in ("linf", "l2"): raise ValueError(f"norm='{norm}': use 'linf' or 'l2'")
     if norm == "l2" and eps.numel() > 1: raise ValueError("eps: an L2 radius is one number")
     for name, v in (("steps", steps), ("restarts", restarts)):
@@ -138,8 +142,9 @@ def _check_pgd(eps, steps, norm, restarts, random_start):
 # %% ../nbs/12_fgsm.ipynb #ef4e6513
 def dlr_towards(target:Tensor, # (B,) wrong labels
                ): # a loss, see `gradient`
-    "The targeted difference-of-logits ratio."
+    "The targeted difference-of-logits ratio; for four classes or more."
     def loss(out, y):
+        if out.shape[1] < 4: raise ValueError(f"loss: the ratio takes four logits, the model has {out.shape[1]}")
         at = torch.arange(len(y), device=y.device)
         z = out.sort(1, descending=True).values
         return -(out[at, y] - out[at, target])/(z[:, 0] - (z[:, 2] + z[:, 3])/2 + 1e-12)
@@ -274,7 +279,8 @@ def worst_case(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
               ) -> tuple[Tensor, dict]: # images, adversarial where an attack succeeds; name to bool (B,): "clean": right before, and still right after each
     "The worst case over attacks, image by image; each attack only sees what the ones before it left."
     model = fold_batchnorm(model).to(x.device)
-    with torch.no_grad(): out = model(x)
+    check_attack(x, y, eps)
+    with torch.no_grad(): out = _finite(model(x))
     worst, left = x.clone(), out.argmax(1) == y
     alive = {"clean": left.clone()}
     for name, attack in (strong_attacks(out.shape[1]) if attacks is None else attacks).items():
@@ -287,6 +293,11 @@ def worst_case(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     return worst, alive
 
 # %% ../nbs/12_fgsm.ipynb #c196f174
+def _finite(out):
+    "Logits that can be compared."
+    if not out.isfinite().all(): raise ValueError("model: its outputs are not finite; the weights are damaged")
+    return out
+
 def _craft(attack, model, x, y, radii):
     "Examples for each radius."
     if attack is not fgsm: yield from (attack(model, x, y, e) for e in radii); return
@@ -306,7 +317,9 @@ def transfer_table(sources:dict, # name to the model that examples are crafted o
     if not sources or not targets or not eps: raise ValueError("sources, targets, eps: each needs at least one entry")
     device = pick_device(device)
     still = {id(m): fold_batchnorm(m).to(device) for m in (*sources.values(), *targets.values())}
-    hits = {(s, t, e): [] for s in sources for e in eps for t in targets}
+    hits, first = {(s, t, e): [] for s in sources for e in eps for t in targets}, next(iter(Batches(images, batch_size, device=device)))
+    with torch.no_grad():
+        for model in still.values(): _finite(model(first.images))
     for b in Batches(images, batch_size, device=device):
         for s, source in sources.items():
             for e, adv in zip(eps, _craft(attack, still[id(source)], b.images, b.labels, eps.values()), strict=True):

@@ -39,7 +39,8 @@ def divergence(p:Tensor, q:Tensor) -> Tensor: # (B,)
 # %% ../nbs/14_stability.ipynb #1f5bd679
 def add_noise(x:Tensor, std) -> Tensor: # std: pixel units, a number, one a channel, or one a value
     "Gaussian noise, clipped to [0,1]."
-    return (x + torch.as_tensor(std).to(x)*torch.randn_like(x)).clamp(0, 1)
+    std = torch.as_tensor(std).to(x)
+    return (x + (std.view(-1, 1, 1) if std.ndim == 1 else std)*torch.randn_like(x)).clamp(0, 1)
 
 # %% ../nbs/14_stability.ipynb #eb93cfec
 @capturable
@@ -138,7 +139,7 @@ def corrupt(x:Tensor, # images (B,3,H,W) in [0,1]
            ) -> Tensor: # (B,3,H,W) in [0,1]
     "A common corruption ([Hendrycks and Dietterich 2019](https://arxiv.org/abs/1903.12261)) as for Tiny ImageNet; `brightness` and `saturate` are milder."
     if kind not in SEVERITIES: raise ValueError(f"kind='{kind}': use one of {', '.join(SEVERITIES)}")
-    if severity not in range(1, 6): raise ValueError(f"severity={severity}: a whole number from 1 to 5")
+    if not isinstance(severity, int) or severity not in range(1, 6): raise ValueError(f"severity={severity}: a whole number from 1 to 5")
     f, strengths = SEVERITIES[kind]
     return f(x, strengths[severity - 1])
 
@@ -181,6 +182,7 @@ def _votes(model, x, sigma, n, batch_size, gen):
     votes = 0
     for k in (min(batch_size, n - i) for i in range(0, n, batch_size)):
         out = model(x + sigma*torch.randn(k, *x.shape, generator=gen, device=x.device))
+        if not out.isfinite().all(): raise ValueError("model: its outputs are not finite; the weights are damaged")
         votes = votes + torch.bincount(out.argmax(1), minlength=out.shape[1]).cpu()
     return votes
 

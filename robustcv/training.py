@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from .core import atomic_path, capturable, choose, derive_seed, describe, generator, model_colors, out_of_memory, pick_device
 from .data import Batch, Batches, ImageSet, take
-from .models import Classifier, evaluating, save_model
-from .transforms import Transform
+from .models import Classifier, check_tensor, evaluating, save_model
+from .transforms import Transform, check_transform
 
 # %% ../nbs/04_training.ipynb #ec554b89
 @capturable
@@ -55,7 +55,8 @@ class Training:
     def __post_init__(self):
         choose("keep", self.keep, ["last", "best"]); choose("precision", self.precision, ["auto", "bf16", "fp32"])
         for name in ("epochs", "batch_size", "replays"):
-            if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+            if (v := getattr(self, name)) is not None and (v < 1 or int(v) != v): raise ValueError(f"{name}={v}: a whole number, at least 1")
+        if not 0 <= self.momentum < 1: raise ValueError(f"momentum={self.momentum}: from 0 to below 1")
         if not 0 <= self.warmup <= 1: raise ValueError(f"warmup={self.warmup}: a share between 0 and 1")
         if not self.lr > 0: raise ValueError(f"lr={self.lr}: must be positive")
 
@@ -64,6 +65,7 @@ def autocast(device:torch.device, # where the model computes
              precision:str="auto", # see `Training`
             ) -> torch.autocast:
     "The autocast context for a precision on a device."
+    choose("precision", precision, ["auto", "bf16", "fp32"])
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and fast))
 
@@ -116,7 +118,9 @@ class Checkpoint:
     def load(self) -> int: # number of finished epochs
         "Continue where the folder's state left off, if there is one."
         if self.folder is None or not (file := self.folder/"state.pt").is_file(): return 0
-        try: state = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            if missing := {"signature", "best", "history", *self.parts} - set(state): raise KeyError(f"lacks {', '.join(sorted(missing))}")
         except Exception as e: raise ValueError(f"{file}: damaged ({(str(e) or repr(e)).splitlines()[0][:100]}); remove it to start again") from None
         if not isinstance(state, dict) or state.get("signature") != self.signature:
             raise ValueError(f"{file}: belongs to a run with other settings or data; remove it or choose another folder")
@@ -269,9 +273,14 @@ def _set_up(model, train, valid, objective, transform, config, seed, device, fol
 def _signature(model, train, valid, objective, transform, config, seed):
     "What a checkpoint must agree with to be continued."
     about = model.config if isinstance(model, Classifier) else _layers(model)
-    return json.dumps(describe(dict(config=config, objective=objective, transform=transform, seed=seed, model=about, frozen=getattr(model, "frozen", ()),
+    own = [_settings(m) for m in transform.modules()] if isinstance(transform, nn.Module) else []
+    return json.dumps(describe(dict(config=config, objective=objective, transform=[transform, own], seed=seed, model=about, frozen=getattr(model, "frozen", ()),
                                     data=[train.fingerprint, valid.fingerprint,
                                           *([_digest(train.boxes)] if isinstance(model, Classifier) and model.config.get("boxes") else [])])))
+
+def _settings(module):
+    "What a module keeps in plain attributes, which its description may leave out."
+    return {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training" and isinstance(v, (bool, int, float, str))}
 
 def _layers(model):
     "A digest of a network's layers, and of which parameters learn."
@@ -308,6 +317,20 @@ def _check_fit(model, train, valid):
         raise ValueError(f"model: has {k} outputs, the images have {len(train.classes)} classes; build it with num_classes={len(train.classes)}")
     if not any(p.requires_grad for p in model.parameters()): raise ValueError("model: all of its parameters are frozen")
 
+def _check_parts(objective, transform, folder):
+    if transform is not None: check_transform(transform)
+    if isinstance(objective, nn.modules.loss._Loss):
+        raise ValueError(f"objective: {type(objective).__name__} is a loss of logits and labels; wrap it in a function of model, batch and backward, "
+                         "such as lambda model, batch, backward: loss(model(batch.images), batch.labels)")
+    if folder is not None and Path(folder).is_file(): raise NotADirectoryError(f"{folder}: is a file; choose a folder for checkpoints")
+
+def _check_outputs(model, batches, classes):
+    "Refuse a model without a logit for each class before it is trained."
+    with evaluating(model), torch.random.fork_rng([batches.device] if batches.device.type == "cuda" else []), torch.no_grad():
+        out = model(next(iter(batches)).images[:2].contiguous(memory_format=torch.channels_last))
+    check_tensor(out)
+    if out.ndim != 2 or out.shape[1] < classes: raise ValueError(f"model: returns {tuple(out.shape)} for {len(out)} images; there are {classes} classes")
+
 # %% ../nbs/04_training.ipynb #d9d0a129
 def main_process() -> bool:
     "Whether this process is the one that writes and speaks: the only one, or the first of several."
@@ -336,15 +359,16 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
         probe:ImageSet|None=None, # images for the training accuracy; None: `probe_images`
        ) -> pd.DataFrame: # one row an epoch: loss, accuracies in %, lr, seconds, images_per_second
     "Train a model, with a measurement and a checkpoint after every epoch; resumes an unfinished run."
-    _check_fit(model, train, valid)
+    _check_fit(model, train, valid); _check_parts(objective, transform, folder)
     run = _set_up(model, train, valid, objective, transform, config, seed, device, folder, probe)
+    _check_outputs(model, run.probes["valid_accuracy"], len(train.classes))
     with run.bar, torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         for epoch in range(len(run.checkpoint.history), config.epochs):
             row = {"epoch": epoch + 1, "lr": run.schedule.get_last_lr()[0], **_in_memory(_epoch, run, epoch)}
             for name, b in run.probes.items():
                 correct, total = run.reduce(accuracy(model, b, config.precision), "sum").tolist()
                 row[name] = 100*correct/total
-            if watch is not None: row.update(watch(model, run.probes["valid_accuracy"]))
+            if watch is not None: row |= {k: float(v) for k, v in watch(model, run.probes["valid_accuracy"]).items()}
             run.bar.set_postfix({"epoch": epoch + 1, "loss": f"{row['loss']:.3f}", "valid": f"{row['valid_accuracy']:.1f} %"})
             run.checkpoint.save(row, run.main, last=epoch + 1 == config.epochs)
     if config.keep == "best": model.load_state_dict(run.checkpoint.best)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from robustcv.__main__ import app, write_report
 from robustcv.color_jitter import ColorJitter
-from robustcv.core import SCALES, load_records
+from robustcv.core import SCALES, alone_with, load_records
 from robustcv.grids import DEMO, SECTIONS, Run
 from robustcv.models import load_model
 from robustcv.tables import filters
@@ -228,3 +228,20 @@ def test_a_signal_stops_training_cleanly_and_it_goes_on_afterwards(sent, code, t
     said = child.communicate(timeout=60)[1]
     assert child.returncode == code and "stopped; run the same command again to continue" in said and "Traceback" not in said
     assert not list(out.rglob("*.part")) and 0 < len(json.loads(torch.load(out / "state.pt", weights_only=True)["history"])) < 200
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    data, out = photos(tmp_path / "photos"), tmp_path / "run"
+    train = ("train", data, "--size", 32, "--epochs", 1, "--batch-size", 8, "--lr", 0.02, "--out", out)
+    with alone_with(out / ".training"): assert "another process is training there" in call(*train, code=1)
+    call(*train); (out / "state.pt").unlink()
+    before = (out / "model.safetensors").read_bytes()
+    assert "move it away, or choose another folder" in call(*train, code=1) and (out / "model.safetensors").read_bytes() == before
+    (tmp_path / "file").write_text("")
+    assert "file" in call(*train[:-1], tmp_path / "file", code=1)
+
+def test_what_is_wrong_with_a_comparison_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    data, out = photos(tmp_path / "photos"), tmp_path / "run"
+    call("train", data, "--size", 32, "--epochs", 1, "--batch-size", 8, "--lr", 0.02, "--out", out)
+    monkeypatch.setattr("robustcv.__main__.evaluate", None)
+    assert "typo.json: no such table" in call("evaluate", out / "model.safetensors", data, "--against", tmp_path / "typo.json", code=1)
+    assert "is a folder; give the name of a file" in call("evaluate", out / "model.safetensors", data, "--out", tmp_path, code=1)

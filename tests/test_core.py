@@ -1,4 +1,5 @@
 """Seeds, devices, units, safe files and records."""
+import errno
 import json
 import math
 import multiprocessing
@@ -249,3 +250,18 @@ def test_the_commit_is_that_of_the_files_that_run(tmp_path, monkeypatch):
     assert commit() == git("rev-parse", "--short=12", "HEAD"), "records do not change what runs"
     (package/"core.py").write_text("2")
     assert commit() == git("rev-parse", "--short=12", "HEAD") + "-dirty"
+
+ROW = dict(perturbation="clean", strength=None, unit="", correct=3, n=10, seconds=0., hits="AAA=")
+
+@pytest.mark.parametrize("row, said", [("clean", "a JSON object, not str"), ({**ROW, "n": 0}, "3 correct of 0"), ({**ROW, "correct": 11}, "11 correct of 10"),
+    ({**ROW, "hits": "!!"}, "'hits' is not of 10 images"), ({k: v for k, v in ROW.items() if k != "hits"}, "field 'hits' is missing"),
+    ({**ROW, "strength": "much"}, "field 'strength'")])
+def test_a_damaged_measurement_is_named_by_file_line_and_row(tmp_path, row, said):
+    sound = {**BASE, "metrics": {"evaluation": [ROW]}}
+    (tmp_path/"r.jsonl").write_text(json.dumps(sound) + "\n" + json.dumps({**sound, "id": "b", "metrics": {"evaluation": [ROW, row]}}) + "\n")
+    with pytest.raises(ValueError, match=f"r.jsonl:2: metrics, evaluation, row 2: .*{said}"): load_records(tmp_path)
+
+@pytest.mark.parametrize("number, remedy", [(errno.ENOSPC, "free some space"), (errno.EACCES, "the right to write there")])
+def test_a_disk_error_says_what_helps(number, remedy):
+    with pytest.raises(OSError, match=remedy):
+        with core.disk_errors("file"): raise OSError(number, "no")

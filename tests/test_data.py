@@ -130,3 +130,8 @@ def test_a_set_without_boxes_has_none_in_its_batches():
 @pytest.mark.parametrize("kwargs", [{"batch_size": 0}, {"batch_size": 1, "world": 2}, {"batch_size": 13, "drop_last": True}])
 def test_batches_refuse(kwargs):
     with pytest.raises(ValueError, match="batch_size"): Batches(images(), **kwargs)
+
+@pytest.mark.parametrize("change, said", [(dict(boxes=torch.rand(12, 4) + 5), "boxes: from 5"), (dict(boxes=torch.full((12, 4), torch.nan)), "boxes: from nan"),
+                                          (dict(digests=torch.zeros(11, 8, dtype=torch.uint8)), r"digests: expected shape \(12,8\)")])
+def test_boxes_and_digests_that_do_not_fit_are_refused(change, said):
+    with pytest.raises(ValueError, match=said): rebuilt(images(), **change)

@@ -445,3 +445,11 @@ def test_an_image_that_does_not_fit_is_an_error():
     def greedy(x, y, m): raise torch.OutOfMemoryError("too large")
     with pytest.warns(UserWarning, match="going on with 1 images"), pytest.raises(torch.OutOfMemoryError):
         table(perturbations=[Perturbation("greedy", greedy)], batch_size=2)
+
+def test_a_model_that_returns_no_tensor_is_refused():
+    class Wrapped(nn.Module):
+        def forward(self, x): return {"logits": x.mean((2, 3))}
+    with pytest.raises(ValueError, match="returns a dict and not logits"): evaluate(Wrapped().eval(), images(), [])
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision 'fp16'"): evaluate(linear(), images(), CLEAN, precision="fp16")

@@ -1,5 +1,6 @@
 """Attacks: closed forms on linear models, no side effects, a peer library where it is installed."""
 import copy
+import math
 
 import pytest
 import torch
@@ -278,3 +279,26 @@ def test_a_network_with_hooks_is_attacked_with_them(where):
     x = torch.rand(2, 3, 8, 8); net(x)
     where(net).register_forward_pre_hook(lambda m, args: ((args[0] - .5)/.2,))
     torch.testing.assert_close(fold_batchnorm(net)(x), net(x))
+
+class NotFinite(nn.Module):
+    def forward(self, x): return x.mean((2, 3))*float("nan")
+
+def test_outputs_that_are_not_finite_are_no_robustness():
+    x, y = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    data = ImageSet((x*255).to(torch.uint8), y, ("a", "b", "c"))
+    with pytest.raises(ValueError, match="outputs are not finite"): worst_case(NotFinite(), x, y, .1)
+    with pytest.raises(ValueError, match="outputs are not finite"): transfer_table({"n": NotFinite()}, {"n": NotFinite()}, data, {"e": .1})
+
+@pytest.mark.parametrize("attack", [fgsm, pgd, apgd, square, worst_case])
+@pytest.mark.parametrize("labels", [torch.tensor([0, -1]), torch.tensor([0, -100]), torch.tensor([0, 1]).int(), torch.tensor([0, 1]).byte()])
+def test_labels_that_are_none_are_refused(attack, labels):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
+    with pytest.raises(ValueError, match="labels"): attack(net, torch.rand(2, 3, 8, 8), labels, .1)
+
+def test_an_l2_radius_may_be_as_long_as_an_image():
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), torch.rand(2, 3, 8, 8, generator=generator(0))
+    adv = pgd(net, x, torch.tensor([0, 1]), 3., norm="l2", generator=generator(1))
+    assert 1 < (adv - x).flatten(1).norm(dim=1).max() <= 3.0001
+    with pytest.raises(ValueError, match="eps=20"): pgd(net, x, torch.tensor([0, 1]), 20., norm="l2")
+    for size in (math.nan, -.1, 0.):
+        with pytest.raises(ValueError, match="step_size"): pgd(net, x, torch.tensor([0, 1]), .1, step_size=size)

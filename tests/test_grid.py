@@ -293,3 +293,10 @@ def test_boxes_are_learnt_and_measured(go, monkeypatch):
     t = box_table(list(records.values())).set_index("model")
     assert t.loc["baseline", "mean IoU"] == "" and float(t.loc["multi-task", "gap"]) == pytest.approx(
         records["multi-task"]["metrics"]["train_accuracy"] - records["multi-task"]["metrics"]["valid_accuracy"], abs=.06)
+
+@pytest.mark.parametrize("content", ["garbage", "[]"])
+def test_a_damaged_history_names_the_folder_to_remove(go, tmp_path, content):
+    go([net("a")])
+    (file := next((tmp_path/"runs").rglob("history.json"))).write_text(content)
+    with pytest.raises(ValueError, match="history.json: .*remove the folder .* to train that network again"): go([net("a")], seeds=[0], results=tmp_path/"new")
+    assert file.read_text() == content

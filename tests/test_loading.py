@@ -358,8 +358,11 @@ def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_pat
 
 def test_a_folder_for_training_without_one_to_measure_on_is_no_class(tmp_path, cache):
     root = write_tree(tmp_path/"d", ("train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png"))
-    with pytest.raises(ValueError, match="d: has train/, but no val/, valid/ or validation/ to measure on; rename .*, or give .*d/train"):
+    with pytest.raises(ValueError, match="d: holds test, train, which look like parts of a data set and not like classes; name them train and val"):
         load_data(root, cache=cache)
+    for parts in (("Train", "Val"), ("training", "validation"), ("train",)):
+        with pytest.raises(ValueError, match=f"holds {', '.join(parts)}, which"):
+            load_data(write_tree(tmp_path/parts[0], [f"{p}/a/0.png" for p in parts]), cache=cache)
     vehicles = write_tree(tmp_path/"v", [f"{c}/{i}.png" for c in ("boat", "train") for i in range(5)])
     assert load_data(vehicles, cache=cache)[0].classes == ("boat", "train")
 

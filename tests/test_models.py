@@ -168,7 +168,8 @@ def changed(file, tensors=lambda t: t, config=lambda c: c):
     return file.with_name("changed.safetensors")
 
 @pytest.mark.parametrize("tensors, config, said", [
-    (lambda t: t, lambda c: {**c, "num_classes": 6}, "other shapes: fc"), (lambda t: t, lambda c: {**c, "name": "resnet18"}, "misses"),
+    (lambda t: t, lambda c: {**c, "num_classes": 6}, "names 5 classes for 6 outputs"),
+    (lambda t: t, lambda c: {**c, "num_classes": 6, "classes": None}, "other shapes: fc"), (lambda t: t, lambda c: {**c, "name": "resnet18"}, "misses"),
     (lambda t: t, lambda c: {**c, "name": "resnet0"}, "unknown model"),
     (lambda t: {**t, "more": torch.zeros(1)}, lambda c: c, "unknown more"),
     (lambda t: {k: v for k, v in t.items() if k != "fc.bias"}, lambda c: c, "misses fc.bias"),
@@ -290,3 +291,14 @@ def test_evaluation_mode_is_lent_and_every_module_gets_its_own_back():
 @pytest.mark.parametrize("name", ["efficientnet_v2_l", "googlenet", "inception_v3"])
 def test_weights_for_another_normalisation_are_refused(name):
     with pytest.raises(ValueError, match=f"the weights of {name} expect pixels that are normalised in another way"): build_model(name, 5, pretrained=True)
+
+def test_weights_are_known_by_their_content_and_not_by_their_name(tmp_path):
+    starts = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed); save_model(build_model(SMALL, 5), tmp_path/"model.safetensors")
+        starts.append(build_model(SMALL, 5, weights=tmp_path/"model.safetensors").config["start"])
+    assert starts[0] == starts[1] != starts[2] and starts[0].startswith("model.safetensors ")
+    with pytest.raises(ValueError, match="weights, pretrained"): build_model(SMALL, 5, pretrained=True, weights=tmp_path/"model.safetensors")
+
+def test_a_module_of_ones_own_has_no_description_to_save(tmp_path):
+    with pytest.raises(ValueError, match="a Linear has no description"): save_model(nn.Linear(2, 2), tmp_path/"m.safetensors")

@@ -174,3 +174,15 @@ def test_noise_keeps_half_precision(): assert add_noise(torch.rand(2, 3, 4, 4).h
 
 def test_noises_of_small_deviations_have_descriptions_of_their_own():
     assert repr(RandomNoise(1e-5)) != repr(RandomNoise(2e-5)) and "0.0229, 0.0224, 0.0225" in repr(RandomNoise(normalized(.1)))
+
+def test_a_deviation_a_channel_may_be_a_sequence():
+    x, std = torch.full((64, 3, 16, 16), .5), (.01, .05, .1)
+    assert add_noise(x, std).std((0, 2, 3)).tolist() == pytest.approx(std, rel=.05) and add_noise(x[..., :3], std).shape == (64, 3, 16, 3)
+
+def test_outputs_that_are_not_finite_have_no_certificate():
+    class NotFinite(nn.Module):
+        def forward(self, x): return x.mean((2, 3))*float("nan")
+    with pytest.raises(ValueError, match="outputs are not finite"): certify(NotFinite(), ImageSet(PIXELS, torch.zeros(20).long(), ("a", "b")), .1, 10, 100)
+
+def test_a_severity_is_a_whole_number():
+    with pytest.raises(ValueError, match="severity=2.0"): corrupt(X, "jpeg", 2.)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms import v2
 
 from robustcv.data import Batch, Batches, ImageSet, take
 from robustcv.models import build_model, load_model, save_model
@@ -372,3 +373,40 @@ def test_an_objective_is_recorded_once_for_as_long_as_it_stays(monkeypatch):
     for unmarked in (mixed_loss, FreeAdversarial(), lambda *args: None): assert not isinstance(passes(unmarked)[0], Recorded)
     assert not isinstance(passes(cross_entropy, config=replace(CONFIG, cuda_graph=False))[0], Recorded)
     assert not isinstance(passes(cross_entropy, parallel=linear())[0], Recorded)
+
+class Outputs(nn.Module):
+    def __init__(self, wrap, k=K): super().__init__(); self.net, self.wrap = nn.Sequential(nn.Flatten(), nn.Linear(192, k)), wrap
+    def forward(self, x): return self.wrap(self.net(x))
+
+@pytest.mark.parametrize("model, said", [(Outputs(lambda z: {"logits": z}), "returns a dict and not logits"), (Outputs(lambda z: z, 2), "there are 3 classes"),
+                                         (Outputs(lambda z: z[:, 0]), "there are 3 classes")])
+def test_a_model_without_a_logit_a_class_is_refused_before_it_is_trained(model, said):
+    before = weights(model)
+    with pytest.raises(ValueError, match=said): run(model)
+    assert torch.equal(weights(model), before)
+
+@pytest.mark.parametrize("kwargs, said", [(dict(transform=v2.RandomHorizontalFlip()), "go into PerImage"), (dict(transform=3), "a int is not called"),
+    (dict(objective=nn.CrossEntropyLoss()), "is a loss of logits and labels"), (dict(config=replace(CONFIG, precision="fp32"), folder=__file__), "is a file")])
+def test_parts_of_another_kind_are_refused(kwargs, said):
+    with pytest.raises((ValueError, OSError), match=said): run(**kwargs)
+
+@pytest.mark.parametrize("kwargs", [dict(epochs=1.5), dict(momentum=1.), dict(momentum=-.1), dict(batch_size=0)])
+def test_settings_out_of_range_are_refused(kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))): Training(**kwargs)
+
+class Shift(nn.Module):
+    def __init__(self, by): super().__init__(); self.by = by
+    def forward(self, x, generator): return (x + self.by).clamp(0, 1)
+
+def test_what_a_transform_keeps_in_attributes_tells_checkpoints_apart(tmp_path):
+    run(transform=Shift(.1), folder=tmp_path); run(transform=Shift(.1), folder=tmp_path)
+    with pytest.raises(ValueError, match="other settings or data"): run(transform=Shift(.2), folder=tmp_path)
+
+def test_numbers_of_any_kind_may_be_watched_and_be_seeds(tmp_path):
+    history = run(watch=lambda model, batches: {"a": torch.tensor(2.), "b": np.float32(3)}, seed=np.int64(1), folder=tmp_path)[1]
+    assert (history.a == 2).all() and (history.b == 3).all()
+
+def test_a_checkpoint_with_parts_missing_is_named(tmp_path):
+    run(folder=tmp_path)
+    state = torch.load(tmp_path/"state.pt", weights_only=True); del state["model"]; torch.save(state, tmp_path/"state.pt")
+    with pytest.raises(ValueError, match="state.pt: damaged .*lacks model.*remove it to start again"): run(folder=tmp_path)
