@@ -211,9 +211,14 @@ def demo(scale:str=typer.Option("demo", help=_SCALES_HELP),
     if not main_process(): return
     figures = [f for s in DEMO for f in draw_figures([r for r in records if r["section"] == s], out/"figures")] + draw_summary(records, out/"figures")
     print(f"\n{caption(records)}\n\naccuracy in %:"); _show_wide(scoreboard(records))
-    print(f"\nthe article's claims{_drawn(records)}, with effects in points:"); _show_claims(summary_table(records))
+    claims = summary_table(records).apply(_there, args=(scale, f"--results {out/'results'} --folder {out/'runs'}"))
+    print(f"\nthe article's claims{_drawn(records)}, with effects in points:"); _show_claims(claims)
     print(f"\nrecords: {out/'results'} ({len(records)})   models: {out/'runs'}   figures: {out/'figures'} ({len(figures)})")
     print(f"report: {write_report(out/'report.html', out/'results', scale)}")
+
+def _there(texts, scale, options):
+    "Texts whose commands go on where these records are."
+    return texts.str.replace(f"--scale {scale}", f"--scale {scale} {options}", regex=False)
 
 def _show_claims(frame):
     "A paragraph a claim, as wide as the terminal."
@@ -279,6 +284,7 @@ def claims(scale:str=typer.Option("lite", help=_SCALES_HELP),
     "Test the article's claims on the records.\n\nExample: `robustcv claims --scale lite --markdown`"
     records = _on_record(results, scale)
     found = ledger(records)
+    if results != Path("results"): found["comparison"] = _there(found["comparison"], scale, f"--results {results}")
     if as_json: print(found.to_json(orient="records", force_ascii=False, indent=1)); return
     if as_markdown: print(markdown(found.fillna(""))); return
     print(f"{caption(records)}{_drawn(records)}")

@@ -328,6 +328,7 @@ def _alone(left, at, results):
     "Jobs by label, taken out of `left`, each while no other process is at it: first those that are free, then what others have left undone."
     for wait in (False, True):
         for label, job in list(left.items()):
+            if job.status == "on record": del left[label]; at.say(f"{label}: on record"); continue
             name = f"{at.scale.name}-{job.run.section}-{job.seed}" if _together(job.run) else job.id
             with alone_with(Path(results)/".locks"/name, wait) as mine:
                 if not mine: at.say(f"{label}: another process is at it"); continue

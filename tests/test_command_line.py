@@ -88,6 +88,7 @@ def test_the_demo_writes_records_models_figures_and_a_report(tmp_path, monkeypat
     text = call("demo", "--scale", "smoke", "--out", out)
     assert [(r["section"], r["name"]) for r in load_records(out / "results")] == [("baseline", "plain"), ("color_jitter", "baseline"),
                                                                                   ("color_jitter", "contrast 5")]
+    assert f"--results {out/'results'} --folder {out/'runs'}" in " ".join(text.split()), "what is missing goes where the rest is"
     figures = {f.name for f in (out / "figures").glob("*.png")}
     assert {"summary-smoke-claims.png", "summary-smoke-scoreboard.png", "color_jitter-smoke-fields.png"} <= figures and f"({len(figures)})" in text
     assert "no evidence about natural" in text and "C21" in text and "worst" in text and f"report: {out / 'report.html'} of {out / 'results'} at smoke" in text
@@ -151,6 +152,7 @@ def test_some_runs_of_a_section_are_run_drawn_and_held_against_the_claims(tmp_pa
         text = call("claims", *where)
     c1, = (line for line in text.splitlines() if line.split()[:1] == ["C1"])
     assert "contrast 0.8 − contrast 5" in c1 and "undecided" in c1 and "robustcv run random_erase" in text  # what is missing, and how to make it
+    assert f"--scale smoke --results {results}" in text
     rows = json.loads(call("claims", *where, "--json"))
     assert rows[0]["claim"] == "C1" and rows[0]["records"] and {r["claim"] for r in rows} >= {"C1", "C21"}
     assert call("claims", *where, "--markdown").startswith("| claim |")

@@ -300,3 +300,8 @@ def test_a_damaged_history_names_the_folder_to_remove(go, tmp_path, content):
     (file := next((tmp_path/"runs").rglob("history.json"))).write_text(content)
     with pytest.raises(ValueError, match="history.json: .*remove the folder .* to train that network again"): go([net("a")], seeds=[0], results=tmp_path/"new")
     assert file.read_text() == content
+
+def test_what_is_on_record_takes_no_lock(go, tmp_path, monkeypatch):
+    records = go([net("a")])
+    monkeypatch.setattr(experiments, "alone_with", None) # as where nothing can be written
+    assert go([net("a")]) == records
