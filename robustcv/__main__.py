@@ -8,6 +8,7 @@ __all__ = ['app', 'data_app', 'command', 'get', 'synthetic', 'info', 'train', 'e
 
 # %% ../nbs/40_command_line.ipynb #333437cf
 import functools, json, os, shutil, signal, sys, textwrap, warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ from .claims import ledger, summary_table
 from .core import SCALES, SIZES, alone_with, atomic_path, choose, device_name, disk_errors, load_records, pick_device, seed_everything, set_style
 from .data import known_boxes, load_data
 from .download import download_tiny_imagenet
-from .evaluation import COLUMNS, compare, evaluate, pack, unpack
+from .evaluation import COLUMNS, compare, evaluate, pack, right_by_condition, unpack
 from .tables import caption, markdown, table
 from .experiments import describe_data, plan, run_sections, scale_data, show_plan
 from .figures import draw_figures, draw_summary
@@ -87,6 +88,17 @@ def info(folder:Path=typer.Argument(..., help="Tiny ImageNet, a folder with trai
         print(f"{name}: {len(s):,} images of {s.images.shape[3]}×{s.images.shape[2]} pixels, {len(s.classes)} classes "
               f"({counts.min()} to {counts.max()} images each), {boxes}, fingerprint {s.fingerprint}")
 
+# %% ../nbs/40_command_line.ipynb #fc0792c0
+@contextmanager
+def _own_folder(out):
+    "A folder in which this process alone trains, and where no other run's model is overwritten."
+    with disk_errors(out): out.mkdir(parents=True, exist_ok=True)
+    if (out/"model.safetensors").exists() and not (out/"state.pt").exists():
+        raise FileExistsError(f"{out/'model.safetensors'}: is there, without the checkpoint that it came from; move it away, or choose another folder")
+    with alone_with(out/".training", wait=False) as free:
+        if not free: raise RuntimeError(f"{out}: another process is training there; choose another folder, or wait until it is done")
+        yield
+
 # %% ../nbs/40_command_line.ipynb #c9ac1e29
 @command(app)
 def train(data:Path=typer.Argument(..., help="Images: Tiny ImageNet, train/ and val/, or a class-per-folder tree."),
@@ -105,24 +117,15 @@ def train(data:Path=typer.Argument(..., help="Images: Tiny ImageNet, train/ and 
           device:str=typer.Option(None, help="'cpu', 'cuda', 'cuda:1'; default: the best there is.")):
     "Train a classifier; run the same command again to continue after an interruption.\n\nExample: `robustcv train photos --epochs 20 --out runs/photos`"
     images, valid = load_data(data, size)
-    with disk_errors(out): out.mkdir(parents=True, exist_ok=True)
-    if (out/"model.safetensors").exists() and not (out/"state.pt").exists():
-        raise FileExistsError(f"{out/'model.safetensors'}: is there, without the checkpoint that it came from; move it away, or choose another folder")
-    with alone_with(out/".training", wait=False) as free:
-        if not free: raise RuntimeError(f"{out}: another process is training there; choose another folder, or wait until it is done")
-        settings = Training(epochs=epochs, batch_size=min(batch_size, len(images)), lr=lr, precision=precision)
-        _train(images, valid, out, model, stem, pretrained, weights, augment, settings, size, seed, device)
-
-def _train(images, valid, out, model, stem, pretrained, weights, augment, settings, size, seed, device):
-    "As `train`, in a folder that is this process's."
-    seed_everything(seed)
-    net = build_model(model, len(images.classes), pretrained, stem, weights)
+    settings = Training(epochs=epochs, batch_size=min(batch_size, len(images)), lr=lr, precision=precision)
     transform = Compose(RandomHorizontalFlip(), RandomCrop(size, max(1, size//16), "reflect")) if augment else None
-    print(f"{model} on {device_name(pick_device(device))}: {len(images):,} training and {len(valid):,} validation images, {len(images.classes)} classes")
-    history = fit(net, images, valid, transform=transform, config=settings, seed=seed, device=device, folder=out)
-    if not main_process(): return
-    save_model(net, out/"model.safetensors"); history.to_csv(out/"history.csv", index=False)
-    _show(history); print(f"model: {out/'model.safetensors'}   curve: {out/'history.csv'}")
+    with _own_folder(out):
+        seed_everything(seed)
+        net = build_model(model, len(images.classes), pretrained, stem, weights)
+        print(f"{model} on {device_name(pick_device(device))}: {len(images):,} training and {len(valid):,} validation images, {len(images.classes)} classes")
+        history = fit(net, images, valid, transform=transform, config=settings, seed=seed, device=device, folder=out)
+        if main_process(): save_model(net, out/"model.safetensors"); history.to_csv(out/"history.csv", index=False)
+    if main_process(): _show(history); print(f"model: {out/'model.safetensors'}   curve: {out/'history.csv'}")
 
 # %% ../nbs/40_command_line.ipynb #d6327282
 @command(app, "evaluate")
@@ -161,8 +164,8 @@ def _read_table(path, fingerprint):
 
 def _pairs(before, after, path):
     "Perturbation, strength and which images were right, of the rows that both tables have."
-    known = {(p, str(s)): hits for p, s, hits in zip(before.perturbation, before.strength, before.hits, strict=True)}
-    pairs = [(p, s, known[p, str(s)], hits) for p, s, hits in zip(after.perturbation, after.strength, after.hits, strict=True) if (p, str(s)) in known]
+    known = right_by_condition(before)
+    pairs = [(*k, known[k], hits) for k, hits in right_by_condition(after).items() if k in known]
     if len(pairs) < len(after): warnings.warn(f"{path}: {len(after) - len(pairs)} of {len(after)} rows are not in it, and are not compared", stacklevel=2)
     return pairs
 

@@ -14,8 +14,8 @@ import numpy as np
 from scipy.stats import t as student
 
 from .perturbations import ADAPTIVE
-from .evaluation import right
-from .tables import accuracies, mean_interval, network_id, one_setting, only_member
+from .evaluation import mean_interval, right
+from .tables import accuracies, network_id, one_setting, only_member
 
 # %% ../nbs/20a_comparisons.ipynb #7f157db1
 CLEAN = ("clean", None) # a condition: a perturbation and its strength

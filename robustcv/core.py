@@ -317,12 +317,14 @@ def append_record(path, # JSON lines file; created if missing
             if f.write(line.encode()) != len(line.encode()): raise OSError(errno.ENOSPC, "only part of the record was written")
             os.fsync(f.fileno())
 
+# %% ../nbs/00_core.ipynb #cf8fd824
 def _not_finite(value, name="record"):
     "The name of a number that JSON cannot hold, or None."
     if isinstance(value, float) and not math.isfinite(value): return name
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     return next((odd for k, v in parts if (odd := _not_finite(v, f"{name}[{k!r}]"))), None)
 
+# %% ../nbs/00_core.ipynb #d0077e2a
 def load_records(path, # JSON lines file, or a folder of them; a missing one holds no records
                 ) -> list: # of dictionaries, in the order they were written, one per id (the last)
     "Read records, checked; an unfinished line is skipped with a warning that names it."

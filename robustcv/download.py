@@ -17,6 +17,7 @@ from .core import disk_errors
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_SIZE, TINY_MD5 = 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de"
 
+# %% ../nbs/07_download.ipynb #0152f01d
 def download(url:str, # where the file is
              dest, # where it goes
              size:int, # its length in bytes

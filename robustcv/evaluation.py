@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WEAKER', 'COLUMNS', 'TrustWarning', 'check_trust', 'check_results', 'evaluate', 'spread_over', 'wilson',
-           'evaluate_together', 'measure_orbit', 'measure_probe', 'measure_boxes', 'measure_certificates', 'compare',
-           'pack', 'right', 'unpack', 'plot_bars', 'plot_strength', 'plot_confusions']
+           'evaluate_together', 'measure_orbit', 'measure_probe', 'measure_boxes', 'measure_certificates',
+           'mean_interval', 'compare', 'pack', 'right', 'unpack', 'right_by_condition', 'plot_bars', 'plot_strength',
+           'plot_confusions']
 
 # %% ../nbs/05_evaluation.ipynb #c6162757
 import base64, math, time, warnings
@@ -21,7 +22,7 @@ from .core import derive_seed, model_colors, normalized, out_of_memory, pick_dev
 from .data import Batches, ImageSet, known_boxes, take
 from .ensemble import combine
 from .fgsm import fold_batchnorm
-from .models import check_tensor, evaluating
+from .models import check_logits, evaluating
 from .multi_task import box_iou, linear_probe, predict_boxes
 from .perturbations import ORBIT, Perturbation, standard_perturbations
 from .stability import certify
@@ -43,9 +44,7 @@ def check_trust(model:nn.Module, # to be evaluated
     if model.training: warn("the model is in training mode: it is measured in evaluation mode; call model.eval() to say that you mean it")
     with evaluating(model), torch.enable_grad():
         x = images.clone().requires_grad_(True)
-        out = model(x)
-        check_tensor(out)
-        if not out.isfinite().all(): raise ValueError("model: its outputs are not finite; the weights are damaged or the input is not in [0,1]")
+        out = check_logits(model(x))
         if out.ndim != 2 or int(labels.max()) >= out.shape[1]:
             raise ValueError(f"model: its output of shape {tuple(out.shape)} has no logit for label {int(labels.max())}")
         loss = nn.functional.cross_entropy(out.float(), labels, reduction="sum")
@@ -230,6 +229,18 @@ def measure_certificates(model:nn.Module, # see `evaluate`
     return _more(table, [_row("certified", r, "L2 radius, pixels in [0,1]", h, seconds) for r, h in hits.items()])
 
 # %% ../nbs/05_evaluation.ipynb #3970a067
+def mean_interval(values, # (n,), an image an entry
+                  confidence:float=0.95, # of the interval
+                  ends:tuple=(), # two values between which those of images lie: one image more at either end, so that there is a width even if all agree
+                 ) -> tuple[float, float, float]: # mean, low, high
+    "A mean over images and its normal interval."
+    values = np.asarray(values, float)
+    more = np.concatenate([values, ends])
+    half = norm.ppf(.5 + confidence/2)*more.std(ddof=0 if ends else 1)/len(more)**.5
+    low, high = ends or (-math.inf, math.inf)
+    return float(values.mean()), float(max(low, more.mean() - half)), float(min(high, more.mean() + half))
+
+# %% ../nbs/05_evaluation.ipynb #2523831d
 def compare(before, # (n,) bool: which images the first model has right
             after, # (n,) bool: the same images under the second model
             confidence:float=0.95, # of the interval
@@ -238,11 +249,10 @@ def compare(before, # (n,) bool: which images the first model has right
     before, after = np.asarray(before, bool), np.asarray(after, bool)
     if before.shape != after.shape or before.ndim != 1 or not len(before):
         raise ValueError(f"before, after: need the same images, got shapes {before.shape} and {after.shape}")
-    n, gained, lost = len(before), int((after & ~before).sum()), int((before & ~after).sum())
-    p12, p21 = (gained + 1)/(n + 2), (lost + 1)/(n + 2)
-    half = float(norm.ppf(.5 + confidence/2))*math.sqrt((p12 + p21 - (p12 - p21)**2)/(n + 2))
-    return dict(difference=100*(gained - lost)/n, low=100*max(-1, p12 - p21 - half), high=100*min(1, p12 - p21 + half),
-                p=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1., gained=gained, lost=lost, n=n)
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    difference, low, high = mean_interval(100*(after.astype(int) - before), confidence, (-100, 100))
+    return dict(difference=difference, low=low, high=high, p=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.,
+                gained=gained, lost=lost, n=len(before))
 
 # %% ../nbs/05_evaluation.ipynb #a02cadb6
 def pack(table:pd.DataFrame) -> list: # of dictionaries of plain values
@@ -262,6 +272,10 @@ def unpack(rows:list) -> pd.DataFrame: # as `evaluate` gave it, without `predict
         strength = math.nan if r["strength"] is None else r["strength"]
         out.append([r["perturbation"], strength, r["unit"], r["correct"], r["n"], 100*r["correct"]/r["n"], 100*low, 100*high, r["seconds"], right(r)])
     return pd.DataFrame(out, columns=COLUMNS[:-1])
+
+def right_by_condition(table:pd.DataFrame) -> dict: # (perturbation, strength as text) to which images are right
+    "The images that a table has right, wherever a condition stands in it."
+    return {(p, str(s)): hits for p, s, hits in zip(table.perturbation, table.strength, table.hits, strict=True)}
 
 # %% ../nbs/05_evaluation.ipynb #cc091bfa
 def plot_bars(tables:dict, # name to an evaluation

@@ -324,6 +324,11 @@ def _carried_out(job, others, at, pooled):
 def _on_record(job, results): return job.status == "on record" or job.id in {r["id"] for r in load_records(Path(results)/f"{job.run.section}.jsonl")}
 
 # %% ../nbs/20_experiments.ipynb #ba858c11
+def _keep(job, at, seconds, metrics, results):
+    "Append a job's record to its section's."
+    record = make_record(job.run.section, job.run.name, at.scale.name, job.config, job.seed, at.about, at.device, seconds, metrics)
+    append_record(Path(results)/f"{job.run.section}.jsonl", record)
+
 def _alone(left, at, results):
     "Jobs by label, taken out of `left`, each while no other process is at it: first those that are free, then what others have left undone."
     for wait in (False, True):
@@ -362,9 +367,7 @@ def run_sections(sections:list, # names of sections
         for label, job in free:
             metrics, seconds = _carried_out(job, left.values(), at, pooled)
             spent.append(seconds)
-            if main_process():
-                append_record(Path(results)/f"{job.run.section}.jsonl", make_record(job.run.section, job.run.name, scale.name, job.config, job.seed,
-                                                                                    at.about, device, seconds, metrics))
+            if main_process(): _keep(job, at, seconds, metrics, results)
             say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {seconds:.0f} s{_left(left.values(), spent)}")
     wait_for_all()
     wanted = {j.id for j in jobs}

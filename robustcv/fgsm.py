@@ -19,7 +19,7 @@ from torch.fx.experimental.optimization import fuse
 
 from .core import per_channel, pick_device
 from .data import Batches, ImageSet
-from .models import evaluating
+from .models import check_logits, evaluating
 from .transforms import check_images
 
 # %% ../nbs/12_fgsm.ipynb #2440681d
@@ -280,7 +280,7 @@ def worst_case(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     "The worst case over attacks, image by image; each attack only sees what the ones before it left."
     model = fold_batchnorm(model).to(x.device)
     check_attack(x, y, eps)
-    with torch.no_grad(): out = _finite(model(x))
+    with torch.no_grad(): out = check_logits(model(x))
     worst, left = x.clone(), out.argmax(1) == y
     alive = {"clean": left.clone()}
     for name, attack in (strong_attacks(out.shape[1]) if attacks is None else attacks).items():
@@ -293,11 +293,6 @@ def worst_case(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     return worst, alive
 
 # %% ../nbs/12_fgsm.ipynb #c196f174
-def _finite(out):
-    "Logits that can be compared."
-    if not out.isfinite().all(): raise ValueError("model: its outputs are not finite; the weights are damaged")
-    return out
-
 def _craft(attack, model, x, y, radii):
     "Examples for each radius."
     if attack is not fgsm: yield from (attack(model, x, y, e) for e in radii); return
@@ -319,7 +314,7 @@ def transfer_table(sources:dict, # name to the model that examples are crafted o
     still = {id(m): fold_batchnorm(m).to(device) for m in (*sources.values(), *targets.values())}
     hits, first = {(s, t, e): [] for s in sources for e in eps for t in targets}, next(iter(Batches(images, batch_size, device=device)))
     with torch.no_grad():
-        for model in still.values(): _finite(model(first.images))
+        for model in still.values(): check_logits(model(first.images))
     for b in Batches(images, batch_size, device=device):
         for s, source in sources.items():
             for e, adv in zip(eps, _craft(attack, still[id(source)], b.images, b.labels, eps.values()), strict=True):

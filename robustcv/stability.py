@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from .core import capturable, generator as make_generator, normalized, per_channel, pick_device
 from .data import Batch, Batches, ImageSet
-from .models import evaluating
+from .models import check_logits, evaluating
 from .transforms import Transform
 
 # %% ../nbs/14_stability.ipynb #afb15f3d
@@ -181,8 +181,7 @@ def _votes(model, x, sigma, n, batch_size, gen):
     "How often each class is named, for n noisy copies of an image; the noise is not clipped, as the certificate needs it."
     votes = 0
     for k in (min(batch_size, n - i) for i in range(0, n, batch_size)):
-        out = model(x + sigma*torch.randn(k, *x.shape, generator=gen, device=x.device))
-        if not out.isfinite().all(): raise ValueError("model: its outputs are not finite; the weights are damaged")
+        out = check_logits(model(x + sigma*torch.randn(k, *x.shape, generator=gen, device=x.device)))
         votes = votes + torch.bincount(out.argmax(1), minlength=out.shape[1]).cpu()
     return votes
 

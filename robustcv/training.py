@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .core import atomic_path, capturable, choose, derive_seed, describe, generator, model_colors, out_of_memory, pick_device
 from .data import Batch, Batches, ImageSet, take
-from .models import Classifier, check_tensor, evaluating, save_model
+from .models import Classifier, check_logits, evaluating, save_model
 from .transforms import Transform, check_transform
 
 # %% ../nbs/04_training.ipynb #ec554b89
@@ -308,6 +308,7 @@ def _accelerator(device):
     if acc.num_processes > 1 and dist.get_backend() == "gloo": atexit.register(_leave)
     return acc, device if acc.num_processes == 1 else acc.device
 
+# %% ../nbs/04_training.ipynb #0c7a3922
 def _check_fit(model, train, valid):
     if tuple(train.classes) != tuple(valid.classes):
         raise ValueError(f"valid: its classes differ from those of the training images ({train.name}, {valid.name})")
@@ -327,8 +328,7 @@ def _check_parts(objective, transform, folder):
 def _check_outputs(model, batches, classes):
     "Refuse a model without a logit for each class before it is trained."
     with evaluating(model), torch.random.fork_rng([batches.device] if batches.device.type == "cuda" else []), torch.no_grad():
-        out = model(next(iter(batches)).images[:2].contiguous(memory_format=torch.channels_last))
-    check_tensor(out)
+        out = check_logits(model(next(iter(batches)).images[:2].contiguous(memory_format=torch.channels_last)))
     if out.ndim != 2 or out.shape[1] < classes: raise ValueError(f"model: returns {tuple(out.shape)} for {len(out)} images; there are {classes} classes")
 
 # %% ../nbs/04_training.ipynb #d9d0a129
