@@ -123,6 +123,7 @@ def _ascend(model, x, radius, steps, size, loss):
             adv = torch.maximum(torch.minimum(adv + size*radius*g.sign(), x + radius), x - radius).clamp_(0, 1)
     return adv.detach()
 
+# %% ../nbs/13_adversarial_training.ipynb #bcbb1eeb
 @dataclass
 class FreeAdversarial:
     "Free adversarial training, for `Training(replays=m)` ([Shafahi et al. 2019](https://arxiv.org/abs/1904.12843))."

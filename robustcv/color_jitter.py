@@ -108,6 +108,7 @@ def _linear(x, op, amounts):
     z.mul_(_each(op == 2, x)).add_(mean*_each(op == 1, x))
     x.lerp_(z.expand_as(x), _each(1 - f, x)).clamp_(0, 1)
 
+# %% ../nbs/10_color_jitter.ipynb #9abe58fd
 def _mixed(x, order, amounts, turns, by, early):
     "What some images need before the hue, the hue for all images, what some need after it; inside, those whose hue comes early are first."
     back, by, order, amounts = by.argsort().to(x.device), by.to(x.device), order[by].to(x.device), amounts.to(x)[by.to(x.device)]

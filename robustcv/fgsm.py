@@ -36,6 +36,7 @@ def attacking(model:nn.Module, # attacked inside of the `with`
     finally:
         for p, was in wanted: p.requires_grad_(was)
 
+# %% ../nbs/12_fgsm.ipynb #c6b47abb
 def check_attack(x:Tensor, y:Tensor, eps, norm:str="linf") -> Tensor: # the radius as a tensor that broadcasts over images
     "Raise a `ValueError` that says what is wrong with images, labels or radius."
     check_images(x)
@@ -59,6 +60,13 @@ def cross_entropies(out:Tensor, y:Tensor) -> Tensor: # (B,)
 
 def _recording(x): return x.is_cuda and torch.cuda.is_current_stream_capturing() # when no number can be read, see `fit`
 
+def _labelled(out, y):
+    "Logits, if every label has one."
+    if out.ndim != 2 or not _recording(out) and int(y.max()) >= out.shape[1]:
+        raise ValueError(f"labels: the model has {tuple(out.shape)[1:]} outputs, a label is {int(y.max())}")
+    return out
+
+# %% ../nbs/12_fgsm.ipynb #c2dbcbb1
 def gradient(model:nn.Module, # inside of `attacking`
              x:Tensor, # images (B,3,H,W)
              y:Tensor, # labels (B,)
@@ -66,9 +74,7 @@ def gradient(model:nn.Module, # inside of `attacking`
             ) -> tuple[Tensor, Tensor, Tensor]: # gradient (B,3,H,W), loss (B,), logits (B,K); no graph
     "The gradient of the loss with respect to the images."
     x = x.detach().requires_grad_(True)
-    out = model(x)
-    if out.ndim != 2 or not _recording(x) and int(y.max()) >= out.shape[1]:
-        raise ValueError(f"labels: the model has {tuple(out.shape)[1:]} outputs, a label is {int(y.max())}")
+    out = _labelled(model(x), y)
     each = loss(out.double(), y) # in float32 the gradient of a confident prediction is exactly zero
     if not each.requires_grad:
         raise ValueError("model: its output does not depend on the images through differentiable operations, so it has no gradient to follow")
@@ -150,6 +156,7 @@ def dlr_towards(target:Tensor, # (B,) wrong labels
         return -(out[at, y] - out[at, target])/(z[:, 0] - (z[:, 2] + z[:, 3])/2 + 1e-12)
     return loss
 
+# %% ../nbs/12_fgsm.ipynb #ea20d2a0
 def apgd(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
          x:Tensor, y:Tensor, # images (B,3,H,W) in [0,1] and their labels (B,)
          eps:float|Tensor=8/255, # L-inf radius in pixel units, or one per channel
@@ -161,7 +168,18 @@ def apgd(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     eps = _check_pgd(check_attack(x, y, eps), steps, "linf", 1, True)
     start = torch.rand(x.shape, generator=generator, device=generator.device if generator else x.device).to(x)*2 - 1
     adv = (x + eps*start/start.flatten(1).abs().amax(1).view(-1, 1, 1, 1)).clamp_(0, 1)
-    with attacking(model): return _Climb(model, x, y, eps, loss, adv).run(steps)
+    period, shortest, shorter = (max(int(f*steps), 1) for f in (.22, .06, .03))
+    with attacking(model):
+        climb = _Climb(model, x, y, eps, loss, adv)
+        rises, since, last, halved = torch.zeros_like(climb.value), 0, climb.best_value, torch.ones_like(climb.found)
+        for i in range(steps):
+            if climb.found.all(): break
+            rises, since = rises + climb.step(.75 if i else 1.), since + 1
+            if since < period: continue
+            halved = (rises <= .75*period) | (~halved & (last >= climb.best_value)) # too few steps of the period helped, or none
+            climb.back(halved)
+            rises, since, last, period = torch.zeros_like(rises), 0, climb.best_value, max(period - shorter, shortest)
+    return climb.result.detach()
 
 # %% ../nbs/12_fgsm.ipynb #061fed18
 class _Climb:
@@ -186,21 +204,12 @@ class _Climb:
         self.found |= wrong
         return self.value > before
 
-    def run(self, steps, rho=.75):
-        "All steps: where too few of a period helped, half the size and back to the best."
-        period, shortest, shorter = (max(int(f*steps), 1) for f in (.22, .06, .03))
-        rises, since, last, halved = torch.zeros_like(self.value), 0, self.best_value, torch.ones_like(self.found)
-        for i in range(steps):
-            if self.found.all(): break
-            rises, since = rises + self.step(.75 if i else 1.), since + 1
-            if since < period: continue
-            halve = (rises <= rho*period) | (~halved & (last >= self.best_value))
-            at = halve.view(-1, 1, 1, 1)
-            self.size = torch.where(at, self.size/2, self.size)
-            self.adv, self.grad = torch.where(at, self.best, self.adv), torch.where(at, self.best_grad, self.grad)
-            self.old, self.value = torch.where(at, self.best, self.old), torch.where(halve, self.best_value, self.value)
-            rises, since, last, halved, period = torch.zeros_like(rises), 0, self.best_value, halve, max(period - shorter, shortest)
-        return self.result.detach()
+    def back(self, halve):
+        "Half the step, and the best point, where `halve` says so."
+        at = halve.view(-1, 1, 1, 1)
+        self.size, self.adv = torch.where(at, self.size/2, self.size), torch.where(at, self.best, self.adv)
+        self.grad = torch.where(at, self.best_grad, self.grad)
+        self.old, self.value = torch.where(at, self.best, self.old), torch.where(halve, self.best_value, self.value)
 
 # %% ../nbs/12_fgsm.ipynb #af623a3c
 def square(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
@@ -234,7 +243,7 @@ def square(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
 # %% ../nbs/12_fgsm.ipynb #bd6288aa
 def _margins(model, x, y):
     "Logit of the label less the largest other one."
-    out = model(x).float()
+    out = _labelled(model(x), y).float()
     return out.gather(1, y[:, None])[:, 0] - out.scatter(1, y[:, None], -math.inf).amax(1)
 
 def _share(p, i, queries):
@@ -263,7 +272,7 @@ def strong_attacks(classes:int, # outputs of the model
     "APGD on the cross-entropy, targeted APGD on the difference of logits, and Square: AutoAttack's set without FAB."
     def towards(rank):
         def attack(model, x, y, eps, generator):
-            with attacking(model), torch.no_grad(): out = model(x).float().scatter(1, y[:, None], -math.inf)
+            with attacking(model), torch.no_grad(): out = _labelled(model(x), y).float().scatter(1, y[:, None], -math.inf)
             return apgd(model, x, y, eps, steps, dlr_towards(out.topk(rank + 1).indices[:, rank]), generator)
         return attack
     aimed = {f"APGD-DLR, target {r + 1}": towards(r) for r in range(min(targets, classes - 1))} if classes >= 4 else {}
@@ -280,7 +289,7 @@ def worst_case(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     "The worst case over attacks, image by image; each attack only sees what the ones before it left."
     model = fold_batchnorm(model).to(x.device)
     check_attack(x, y, eps)
-    with torch.no_grad(): out = check_logits(model(x))
+    with torch.no_grad(): out = _labelled(check_logits(model(x)), y)
     worst, left = x.clone(), out.argmax(1) == y
     alive = {"clean": left.clone()}
     for name, attack in (strong_attacks(out.shape[1]) if attacks is None else attacks).items():
@@ -300,6 +309,7 @@ def _craft(attack, model, x, y, radii):
     with attacking(model): sign = gradient(model, x, y)[0].sign()
     for e in radii: yield (x + check_attack(x, y, e)*sign).clamp_(0, 1)
 
+# %% ../nbs/12_fgsm.ipynb #4959290a
 def transfer_table(sources:dict, # name to the model that examples are crafted on
                    targets:dict, # name to the model that they are shown to
                    images:ImageSet, # clean images

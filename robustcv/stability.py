@@ -133,6 +133,7 @@ SEVERITIES = {"gaussian noise": (add_noise, (.04, .08, .12, .15, .18)), "shot no
               "contrast": (lambda x, s: ((x - (m := x.mean((2, 3), keepdim=True)))*s + m).clamp(0, 1), (.4, .3, .2, .1, .05)),
               "saturate": (tv.adjust_saturation, (.3, .1, 1.5, 2., 2.5)), "pixelate": (pixelate, (.9, .8, .7, .6, .5)), "jpeg": (jpeg, (65, 58, 50, 40, 25))}
 
+# %% ../nbs/14_stability.ipynb #31714866
 def corrupt(x:Tensor, # images (B,3,H,W) in [0,1]
             kind:str, # one of `SEVERITIES`
             severity:int, # 1 to 5

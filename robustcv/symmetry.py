@@ -54,6 +54,7 @@ class RandomSymmetry(Transform):
         orbit = torch.stack([_box_by(boxes, e) for e in range(8)])
         return orbit[element.to(boxes.device), torch.arange(len(boxes), device=boxes.device)]
 
+# %% ../nbs/15_symmetry.ipynb #9d50a702
 def turned(images:ImageSet, # square ones
            seed:int=0, # of the orientations
           ) -> ImageSet: # without boxes
@@ -150,6 +151,7 @@ def selectivity(filters:Tensor, # (O,C,k,k)
     mean = (energy*torch.exp(2j*angle)).sum((1, 2))/energy.sum((1, 2)).clamp_min(1e-20)
     return mean.abs()
 
+# %% ../nbs/15_symmetry.ipynb #5e0f473e
 @torch.no_grad()
 def rotation_response(model:Classifier, # in evaluation mode
                       images:Tensor, # (B,3,H,W) in [0,1]

@@ -132,6 +132,51 @@ def test_apgd_is_at_least_as_strong_as_one_step(net, images):
     adv = apgd(net, images, y, 1/255, 40, generator=generator(0)); step = fgsm(net, images, y, 1/255)
     assert ((loss(adv) >= loss(step) - 1e-2) | (net(adv).argmax(1) != y)).all()
 
+def plain_apgd(value, x, eps, steps, start):
+    "Algorithm 1 of Croce and Hein 2020, one image and without tensors of states; and how often the step was halved."
+    def at(p): p = p.detach().requires_grad_(); v = value(p); return v.item(), torch.autograd.grad(v, p)[0]
+    into = lambda p: p.clamp(x - eps, x + eps).clamp(0, 1)
+    size, period, adv, old, (v, g) = 2*eps, int(.22*steps), start, start, at(start)
+    best, rises, last, halved, halvings = (v, adv, g), [], v, True, 0
+    for i in range(steps):
+        z, momentum, before = into(adv + size*g.sign()), .75 if i else 1, v
+        adv, old = into(adv + momentum*(z - adv) + (1 - momentum)*(adv - old)), adv
+        v, g = at(adv); rises.append(v > before)
+        if v > best[0]: best = v, adv, g
+        if len(rises) < period: continue
+        halved = sum(rises) <= .75*period or not halved and last >= best[0]
+        if halved: size, halvings, (v, adv, g) = size/2, halvings + 1, best; old = adv
+        rises, last, period = [], best[0], max(period - int(.03*steps), int(.06*steps))
+    return best[1], halvings
+
+def test_apgd_is_the_algorithm_image_by_image():
+    class Waves(Linear):
+        def forward(self, x): return torch.stack([torch.full((len(x),), 9.).double(), torch.sin(3*super().forward(x)).sum(1)], 1) # never wrong, never flat
+    model, x, steps, counts = Waves().double(), torch.rand(6, 3, 8, 8, generator=generator(4)).double(), 70, set() # near ties decide
+    adv = apgd(model, x, torch.zeros(6, dtype=torch.long), .02, steps, lambda out, y: out[:, 1], generator(5))
+    start = torch.rand(x.shape, generator=generator(5)).double()*2 - 1 # a corner of the box lies on the ray through it
+    for i in range(6):
+        first = (x[i] + .02*start[i]/start[i].abs().max()).clamp(0, 1)
+        want, halvings = plain_apgd(lambda p: model(p[None])[0, 1], x[i], .02, steps, first); counts.add(halvings)
+        torch.testing.assert_close(adv[i], want, rtol=0, atol=1e-6)
+    assert max(counts) >= 3 and len(counts) > 1, counts
+
+def test_a_pixel_without_gradient_stays(two, x):
+    with torch.no_grad(): two.w.view(2, 3, 8, 8)[:, :, :4] = 0
+    adv = fgsm(two, x, two(x).argmax(1), .05)
+    assert adv[:, :, :4].equal(x[:, :, :4]) and ((adv - x)[:, :, 4:].abs() - .05).abs().max() < 1e-6
+
+def test_a_single_random_step_starts_anywhere_in_the_box(two, x):
+    start = pgd(two, x, two(x).argmax(1), .1, 1, step_size=1e-9, generator=generator(0)) - x
+    assert start.min() < -.09 and start.max() > .09 and start.mean().abs() < .01 and abs(start.abs().mean() - .05) < .005
+
+def test_squares_turn_images_or_come_to_the_corner_that_is_best_for_a_linear_model(two, x):
+    y, most = two(x).argmax(1), .02*(two.w[0] - two.w[1]).detach().abs().sum()
+    before = margin(two, x, y)
+    few, many = (margin(two, square(two, x, y, .02, n, generator=generator(0)), y) for n in (50, 2000))
+    assert (many <= few).all() and (many >= before - most - 1e-3).all() and ((many < 0) | (before - many > .99*most)).all() and 0 < (many > 0).sum() < 12
+
+
 def test_the_targeted_ratio_is_the_formula():
     out, y, t = torch.tensor([[3., 1., 0., -2., 5.]]), torch.tensor([0]), torch.tensor([1])
     assert dlr_towards(t)(out, y).item() == pytest.approx(-(3 - 1)/(5 - (1 + 0)/2))
@@ -290,7 +335,7 @@ def test_outputs_that_are_not_finite_are_no_robustness():
     with pytest.raises(ValueError, match="outputs are not finite"): transfer_table({"n": NotFinite()}, {"n": NotFinite()}, data, {"e": .1})
 
 @pytest.mark.parametrize("attack", [fgsm, pgd, apgd, square, worst_case])
-@pytest.mark.parametrize("labels", [torch.tensor([0, -1]), torch.tensor([0, -100]), torch.tensor([0, 1]).int(), torch.tensor([0, 1]).byte()])
+@pytest.mark.parametrize("labels", [torch.tensor([0, 4]), torch.tensor([0, -1]), torch.tensor([0, -100]), torch.ones(2).int(), torch.ones(2).byte()])
 def test_labels_that_are_none_are_refused(attack, labels):
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
     with pytest.raises(ValueError, match="labels"): attack(net, torch.rand(2, 3, 8, 8), labels, .1)
