@@ -7,7 +7,7 @@ __all__ = ['PAUSE', 'cross_entropy', 'Training', 'autocast', 'at_a_time', 'accur
            'main_process', 'wait_for_all', 'join_processes', 'fit', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #525f5714
-import atexit, hashlib, io, json, math, os, time
+import atexit, gc, hashlib, io, json, math, os, time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -298,6 +298,7 @@ def _one_cycle(optimizer, config, steps):
 # %% ../nbs/04_training.ipynb #27740a9c
 def _leave():
     "Part from the other processes; gloo's threads, where they outlive the interpreter, may abort the process."
+    gc.collect() # a model that was shared is a cycle that keeps the group alive, and its threads with it
     if dist.is_initialized(): dist.destroy_process_group()
 
 def _accelerator(device):

@@ -112,8 +112,9 @@ def test_both_ways_to_fill_agree(value, x, seed, box, dtype): # also for boxes t
     places = [(t % h, l % w, height % (h + 1), width % (w + 1)) for t, l, height, width in box[:len(x)]]
     box = torch.tensor([(t, l, min(height, h - t), min(width, w - l)) for t, l, height, width in places]).T
     fill = random_pixels(int((box[2]*box[3]).sum()), gen(seed)) if value == "random" else RandomErase(value=value).fill
+    before = x.clone()
     a, b = _fill_slices(x, box, fill), _fill_mask(x, box, fill)
-    assert torch.equal(a, b) and a.dtype == b.dtype == dtype
+    assert torch.equal(a, b) and a.dtype == b.dtype == dtype and torch.equal(x, before)
 
 @pytest.mark.parametrize("fill", [_fill_slices, _fill_mask])
 def test_a_single_random_pixel_is_placed(fill):

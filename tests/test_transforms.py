@@ -332,7 +332,7 @@ def test_every_setting_shows_in_the_description(a, b):
     *[("scale", lambda s=s: RandomAffine(1, scale=s)) for s in ((0, 1), (2, 1), 2, (-1, 1))],
     *[("shear", lambda s=s: RandomAffine(1, shear=s)) for s in (90, -1, (5, 1))],
     *[("interpolation", lambda k=k: k(1, interpolation="cubic")) for k in (RandomAffine, RandomRotation)],
-    *[("fill", lambda k=k, f=f: k(1, fill=f)) for k in (RandomAffine, RandomRotation) for f in (128, -.1, float("nan"))],
+    *[("fill", lambda k=k, f=f: k(1, fill=f)) for k in (RandomAffine, RandomRotation) for f in (128, 1.1, -.1, float("nan"))],
     *[("kernel_size", lambda k=k: RandomGaussianBlur(k)) for k in (0, 4, -3, 2.5)],
     *[("sigma", lambda s=s: RandomGaussianBlur(sigma=s)) for s in ((0, 1), (2, 1), 1., (.1, float("nan")))]])
 def test_a_bad_argument_is_named(argument, make):

@@ -55,6 +55,17 @@ def lines(*calls):
     found = [line for text in out for line in text.splitlines() if line.startswith("of ")]
     return set(found), len(found)
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+def test_no_thread_of_the_group_is_left_when_the_interpreter_goes(tmp_path):
+    (tmp_path/"script.py").write_text(SCRIPT + """train()
+from pathlib import Path
+from robustcv.training import _leave
+threads = lambda: sum("gloo" in f.read_text() for f in Path("/proc/self/task").glob("*/comm"))
+before = threads(); _leave(); os.write(1, f"\\nof threads {before > 0} {threads()}\\n".encode())
+""")
+    found, _ = lines(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path/"script.py"])
+    assert {line for line in found if "threads" in line} == {"of threads True 0"}
+
 @pytest.mark.parametrize("launcher", ["notebook_launcher", "accelerate launch", "two machines"])
 def test_every_launcher_comes_to_the_weights_of_torchrun(launcher, tmp_path):
     script = tmp_path/"script.py"; script.write_text(SCRIPT + "train()")
