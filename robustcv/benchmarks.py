@@ -122,14 +122,21 @@ def _albumentations(n):
     loader = torch.utils.data.DataLoader(_Images(pixels, augment), 256, num_workers=2, persistent_workers=True, worker_init_fn=_quiet_worker)
     return lambda: _drain(batch.float()/255 for batch in loader)
 
+def _kornia():
+    "The pipeline in kornia's transforms, without its turns by a quarter; None without kornia."
+    if not (K := _peer("kornia.augmentation")): return None
+    return K.AugmentationSequential(K.ColorJitter(.4, .4, .4, .1, p=1.), K.RandomHorizontalFlip(), K.RandomCrop((64, 64), padding=4), K.RandomHorizontalFlip(),
+                                    K.RandomVerticalFlip(), K.RandomErasing(p=.5, scale=(.02, .33), ratio=(.3, 3.3)), data_keys=["input"])
+
 def pipeline(data, rounds=9, n=256, served=4096):
-    "Jitter, flip, crop, symmetry and erasing in one composition, against albumentations with two workers and torchvision's v2 for each image."
+    "Jitter, flip, crop, symmetry and erasing in one composition, against kornia, albumentations with two workers, and torchvision's v2 for each image."
     x, crop = torch.rand(n, 3, 64, 64, generator=generator(0)).to(pick_device()), RandomCrop(64, 4)
     ours = {order: Compose(ColorJitter(.4, .4, .4, .1, order), RandomHorizontalFlip(), crop, RandomSymmetry(), RandomErase()) for order in ("sample", "chunk")}
     each = v2.Compose([v2.ColorJitter(.4, .4, .4, .1), v2.RandomHorizontalFlip(), v2.RandomCrop(64, 4), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
                        v2.RandomErasing(value="random")])
     candidates = {n: _serve(f, x, served) for n, f in {**ours, "torchvision v2, each image": lambda x: [each(i) for i in x], "floor": torch.clone}.items()}
     if peer := _albumentations(served): candidates["albumentations, 2 workers"] = peer
+    if peer := _kornia(): candidates["kornia"] = _serve(peer, x, served)
     seconds = interleave(candidates, rounds)
     for order in ours:
         yield line(f"pipeline/order per {order}", {"ours": seconds[order], **{k: s for k, s in seconds.items() if k not in ours}}, served, x.device)

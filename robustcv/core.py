@@ -345,8 +345,9 @@ def set_style():
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.9,
                   rc={"figure.dpi": 90, "savefig.bbox": "tight", "savefig.dpi": 110, "axes.titlesize": "medium"})
 
-COLORS = {"baseline": ".5", "plain": ".5", "flip + crop": "C0", "E": "C1", "FE": "C2", "FCE": "C4", "adversarial data": "#882255", "stability": "#332288",
-          "symmetry": "#999933", "ensemble": ".15"} # of models that several figures show
+COLORS = {"baseline": ".5", "plain": ".5", "ResNet-18, not augmented": ".5", "flip + crop": "C0", "ResNet-18": "C0", "E": "C1", "FE": "C2", "FCE": "C4",
+          "data": "#882255", "adversarial data": "#882255", "objective": "C3", "adversarial objective": "C3", "PGD": "C8", "AugMix": "C9",
+          "α = 0.01": "#332288", "stability": "#332288", "two phases": "#999933", "symmetry": "#999933", "ensemble": ".15"} # of models in several figures
 
 def model_colors(names) -> dict: # name to a matplotlib colour
     "The colours of models: those of `COLORS`, and for other names what the palette has left, in order."

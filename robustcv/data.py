@@ -282,6 +282,11 @@ class Batch:
     index:Tensor # int64 (B,): positions in the set
     epoch:int=0 # which pass over the set this is, from 0
 
+# %% ../nbs/01_data.ipynb #567d529a
+def _has_room(device, images):
+    "Whether images may lie on the device: a GPU's memory is left free by half."
+    return device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0]/2
+
 # %% ../nbs/01_data.ipynb #10c03ca9
 class Batches:
     "Serve an `ImageSet` in float batches on a device, in an order fixed by seed and epoch."
@@ -299,7 +304,8 @@ class Batches:
         self.data, self.batch_size, self.shuffle, self.drop_last, self.seed = data, batch_size, shuffle, drop_last, seed
         self.device, self.rank, self.world = torch.device(device), rank, world
         place = partial(Tensor.to, device=self.device)
-        self.images, self.labels, self.boxes = place(data.images), place(data.labels), None if data.boxes is None else place(data.boxes)
+        self.images = place(data.images) if _has_room(self.device, data.images) else data.images
+        self.labels, self.boxes = place(data.labels), None if data.boxes is None else place(data.boxes)
 
     def __len__(self): return (len(self.data) + (0 if self.drop_last else self.batch_size - 1)) // self.batch_size
     def __iter__(self): return self.epoch(0)
@@ -313,7 +319,7 @@ class Batches:
 
     def gather(self, index:Tensor, epoch:int=0) -> Batch: # (B,) positions in the set, on the device
         "The batch of the images at `index`."
-        images = self.images.index_select(0, index).float().div_(255)
+        images = self.images.index_select(0, index.to(self.images.device)).to(self.device).float().div_(255)
         return Batch(images, self.labels[index], None if self.boxes is None else self.boxes[index], index, epoch)
 
 # %% ../nbs/01_data.ipynb #ac9fa1bf

@@ -24,7 +24,7 @@ from .ensemble import combine
 from .fgsm import fold_batchnorm
 from .models import check_logits, evaluating
 from .multi_task import box_iou, linear_probe, predict_boxes
-from .perturbations import ORBIT, Perturbation, standard_perturbations
+from .perturbations import ORBIT, Perturbation, labelled, standard_perturbations
 from .stability import certify
 from .symmetry import symmetrize
 from .training import at_a_time, autocast
@@ -289,7 +289,7 @@ def plot_bars(tables:dict, # name to an evaluation
     for i, (name, t) in enumerate(tables.items()):
         at = np.arange(len(t)) + (i - (len(tables) - 1)/2)*width
         ax.bar(at, t.accuracy, width, label=name, color=colors[name], yerr=[t.accuracy - t.low, t.high - t.accuracy], error_kw=dict(lw=.8, ecolor=".3"))
-    labels = [p if math.isnan(s) else f"{p} {s:g}" for p, s in zip(first.perturbation, first.strength, strict=True)]
+    labels = [labelled(*row) for row in zip(first.perturbation, first.strength, first.unit, strict=True)]
     ax.set_xticks(range(len(first)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     ax.set(ylabel="accuracy (%)", title=f"n = {first.n.iloc[0]:,} a bar, 95 % intervals", ylim=(0, 100), xlim=(-.6, len(first) - .4))
     ax.grid(False, axis="x"); ax.legend(loc="upper right", ncols=len(tables), fontsize=8)
@@ -309,8 +309,9 @@ def plot_strength(tables:dict, # name to an evaluation
         if rows.empty: raise ValueError(f"perturbation '{perturbation}' is not in the table of {name}: it has {', '.join(sorted(set(t.perturbation)))}")
         ax.plot(rows.strength, rows.accuracy, color=colors[name], marker="o", markersize=4, label=name)
         ax.fill_between(rows.strength, rows.low, rows.high, color=colors[name], alpha=.2, linewidth=0)
-    ax.set(xlabel=f"{perturbation} ({rows.unit.iloc[0]})", ylabel="accuracy (%)", ylim=(0, 100))
-    ax.legend(fontsize=8, **(dict(loc="upper left", bbox_to_anchor=(1.02, 1)) if len(tables) > 4 else {})) # many do not fit inside
+    many = len(tables) > 4 # do not fit inside, and are hard to tell apart
+    ax.set(xlabel=f"{perturbation} ({rows.unit.iloc[0]})", ylabel="accuracy (%)", ylim=None if many else (0, 100))
+    ax.legend(fontsize=8, **(dict(loc="upper left", bbox_to_anchor=(1.02, 1)) if many else {}))
     return ax
 
 # %% ../nbs/05_evaluation.ipynb #cc3293ea
@@ -335,6 +336,6 @@ def plot_confusions(table:pd.DataFrame, # an evaluation with its column `predict
     ax = ax or plt.subplots(figsize=(1.5 + .6*len(columns), .8 + .4*len(rows)))[1]
     sns.heatmap(change[np.ix_(rows, columns)], cmap="vlag_r", center=0, annot=True, fmt=".0f", ax=ax, cbar_kws={"label": "change (points)"},
                 xticklabels=[names[c] for c in columns], yticklabels=[images.classes[r] for r in rows], annot_kws={"size": 8})
-    ax.set(xlabel="predicted", ylabel="true", title=f"{perturbation} {'' if math.isnan(strength) else f'{strength:g}'}: change of the predictions")
+    ax.set(xlabel="predicted", ylabel="true", title=f"{labelled(perturbation, strength, pair[1].unit.iloc[0])}: change of the predictions")
     ax.tick_params(axis="x", rotation=45)
     return ax

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['JITTERED', 'plot_runs', 'plot_fields', 'plot_occlusion', 'plot_attacks', 'plot_watched', 'plot_trade_off',
-           'plot_corruptions', 'plot_orientations', 'plot_selectivity', 'plot_cost', 'plot_degraded', 'draw_figures',
-           'draw_summary']
+           'plot_corruptions', 'plot_orientations', 'plot_selectivity', 'plot_cost', 'plot_degraded', 'under',
+           'draw_figures', 'draw_summary']
 
 # %% ../nbs/22_figures.ipynb #6c9988d2
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from .data import ImageSet
 from .perturbations import ORBIT, show_perturbations, standard_perturbations
 from .evaluation import plot_bars, plot_strength
 from .experiments import ATTACKED
-from .tables import by_name, filters, one_setting, pool
+from .tables import basis, by_name, filters, one_setting, pool
 from .models import show_filters
 from .scoreboard import plot_scoreboard, scoreboard
 from .symmetry import ELEMENTS, selectivity
@@ -93,6 +94,7 @@ def plot_occlusion(records:list, # of the section `random_erase`
         sns.heatmap(gain, ax=row[-1], cmap="vlag_r", center=0, annot=True, fmt="+.0f", cbar=False)
         for ax, name in zip(row, [*names, f"{names[-1]} − {names[0]} (points)"], strict=True):
             ax.set(title=f"{name}, side {side:g}", xlabel="", ylabel="", xticks=[], yticks=[], aspect="equal")
+    fig.suptitle("accuracy (%) by the place of a gray square, its side as a share of the image's", fontsize=9)
     return fig
 
 # %% ../nbs/22_figures.ipynb #402c6e3c
@@ -274,6 +276,15 @@ def _figures(records):
     if r["section"] == "multi_task" and any(n.startswith("boxes ") for n in runs): yield "degraded", plot_degraded(records)[0].figure
     if r["section"] in ("baseline", "symmetry"): yield "filters", show_filters(filters(r)) # the others begin with the same network
 
+# %% ../nbs/22_figures.ipynb #96d36f37
+def under(fig, # a figure of the records
+          records:list, # of one scale and data set
+         ):
+    "Write what a figure rests on under it."
+    fig.canvas.draw() # places everything
+    box, (width, height) = fig.get_tightbbox(), fig.get_size_inches()
+    fig.text(box.x0/width, (box.y0 - .05)/height, textwrap.fill(basis(records), int(18*box.width)), fontsize=7, color=".4", va="top")
+
 # %% ../nbs/22_figures.ipynb #14eccec6
 def draw_figures(records:list, # of one section, scale and data set
                  folder, # where the PNG files go
@@ -284,7 +295,7 @@ def draw_figures(records:list, # of one section, scale and data set
     set_style()
     r, folder, out = one_setting(records)[0], Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    def keep(name, fig): out.append(folder/f"{r['section']}-{r['scale']}-{name}.png"); fig.savefig(out[-1]); plt.close(fig)
+    def keep(name, fig): out.append(folder/f"{r['section']}-{r['scale']}-{name}.png"); under(fig, records); fig.savefig(out[-1]); plt.close(fig)
     for name, fig in _figures(records): keep(name, fig)
     if images is not None: keep("examples", show_perturbations(images.images[torch.linspace(0, len(images) - 1, 4).long()], standard_perturbations()[::2]))
     return out
@@ -298,11 +309,9 @@ def draw_summary(records:list, # of any sections, at one scale and on one data s
     set_style()
     r, folder = one_setting(records)[0], Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    on = (f"scale {r['scale']}: {r['data']['name']}{', drawn images: no evidence about natural ones' if r['data']['synthetic'] else ''}, "
-          f"n = {r['data']['valid']:,} validation images")
     files = {}
     for name, ax in {"claims": plot_claims(records, decisive=True), "scoreboard": plot_scoreboard(scoreboard(records))}.items():
-        ax.figure.suptitle(on, fontsize=9)
+        under(ax.figure, records)
         files[folder/f"summary-{r['scale']}-{name}.png"] = ax.figure
     for file, fig in files.items(): fig.savefig(file); plt.close(fig)
     return list(files)

@@ -128,7 +128,7 @@ def multi_tasked() -> list[Run]:
             *[Run("multi_task", f"boxes {k} {a:g}", transform=augment, objective=multi_task_loss, boxes=True, degraded=(k, a)) for k, a in kinds]]
 
 KEPT = {"FE": ("random_erase", "FE"), "E": ("random_erase", "E"), "FCE": ("random_erase", "FCE"), "adversarial data": ("adversarial_training", "data"),
-        "stability": ("stability", "α = 0.01"), "symmetry": ("symmetry", "two phases")} # the article's ensemble
+        "stability": ("stability", "α = 0.01"), "symmetry": ("symmetry", "two phases")} # of the ensemble; the first three are the article's
 
 def together() -> list[Run]:
     "The kept networks, each alone, all together, and all but one."

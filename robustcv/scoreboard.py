@@ -13,7 +13,7 @@ import pandas as pd
 
 from .core import choose
 from .perturbations import standard_perturbations
-from .tables import accuracies, network_id, one_setting, only_member
+from .tables import accuracies, by_name, network_id, one_setting, only_member
 from .grids import SECTIONS
 
 # %% ../nbs/23_scoreboard.ipynb #e581bf12
@@ -79,8 +79,10 @@ def plot_scoreboard(frame:pd.DataFrame, # from `scoreboard`
 
 # %% ../nbs/23_scoreboard.ipynb #49bfe3f4
 def as_text(frame:pd.DataFrame, # from `scoreboard`
+            records:list=(), # that it was made of, all of one section: the seeds of each row get a column
            ) -> pd.DataFrame: # of strings, with the run as a column, for `markdown`
     "The scoreboard's numbers with one digit, blank where not measured; the section goes where all rows share it."
     text = frame.map(lambda v: "" if math.isnan(v) else f"{v:.1f}").rename_axis("run").reset_index()
     if len({r.split(" / ")[0] for r in frame.index}) == 1: text["run"] = text["run"].str.split(" / ").str[-1]
+    if records: text.insert(1, "seeds", [", ".join(str(r["seed"]) for r in by_name(records)[n]) for n in text["run"]])
     return text

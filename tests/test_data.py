@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import assume, given, strategies as st
 
-from robustcv.data import Batches, ImageSet, split, subset, take
+from robustcv.data import Batches, ImageSet, _has_room, split, subset, take
 
 def images(n=12, k=3, seed=0, side=8):
     gen = torch.Generator().manual_seed(seed)
@@ -118,6 +118,11 @@ def test_without_shuffling_the_order_is_the_set_s():
     assert torch.cat([b.index for b in Batches(images(), 5).epoch(3)]).tolist() == list(range(12))
 
 def test_batches_do_not_copy_the_set_on_the_cpu(): data = images(); assert Batches(data).images.data_ptr() == data.images.data_ptr()
+
+def test_a_set_that_would_fill_half_of_a_gpu_s_memory_stays_outside(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9999))
+    gpu, some = torch.device("cuda"), torch.zeros(499, dtype=torch.uint8)
+    assert _has_room(gpu, some) and not _has_room(gpu, torch.zeros(500, dtype=torch.uint8)) and _has_room(torch.device("cpu"), torch.zeros(9999))
 
 def test_writing_into_a_batch_leaves_the_set_alone():
     data = images(); before = data.images.clone()

@@ -16,8 +16,8 @@ from robustcv.data import ImageSet
 from robustcv.fgsm import Transferred, fgsm
 from robustcv.evaluation import (COLUMNS, TrustWarning, check_results, check_trust, compare, evaluate, pack, plot_bars, plot_confusions,
                                  plot_strength, unpack, wilson)
-from robustcv.perturbations import (Perturbation, attack_perturbations, color_perturbations, erase_perturbations, occlude, show_perturbations,
-                                    standard_perturbations)
+from robustcv.perturbations import (UNITS, Perturbation, affine_perturbations, attack_perturbations, color_perturbations, erase_perturbations, labelled,
+                                    occlude, show_perturbations, stability_perturbations, standard_perturbations)
 from robustcv.stability import add_noise
 
 STANDARD, COLOR, ERASE = standard_perturbations(), color_perturbations(), erase_perturbations(2)
@@ -37,6 +37,16 @@ class Constant(nn.Module):
 
 def table(model=None, data=None, perturbations=CLEAN, **kwargs):
     return evaluate(model or linear(), data or images(), perturbations, device="cpu", precision="fp32", **kwargs)
+
+
+# labels
+
+def test_every_strength_has_a_unit_in_short():
+    everything = STANDARD + COLOR + ERASE + affine_perturbations() + attack_perturbations() + stability_perturbations()
+    assert all(p.unit in UNITS for p in everything if not math.isnan(p.strength))
+    said = {labelled(p.name, p.strength, p.unit) for p in STANDARD}
+    assert {"clean", "rotation 90°", "noise σ = 0.15", "blur σ = 2 px", "occlusion 0.4 of the side", "contrast × 1.5", "hue -0.25 turns"} <= said
+    assert labelled("mine", None) == "mine" and labelled("mine", 3., "of another kind") == "mine 3"
 
 
 # evaluations

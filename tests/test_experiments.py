@@ -18,7 +18,7 @@ from robustcv import experiments
 from robustcv.core import SCALES, append_record, describe, load_records
 from robustcv.data import load_tiny_imagenet
 from robustcv.perturbations import ORBIT, Perturbation, standard_perturbations
-from robustcv.evaluation import COLUMNS, unpack
+from robustcv.evaluation import COLUMNS, unpack, wilson
 from robustcv.experiments import Run, describe_data, run_section, scale_data
 from robustcv.tables import by_name, caption, corruption_table, member_table, filters, one_setting, orientation_table, pool, table
 from robustcv.figures import (draw_figures, plot_attacks, plot_corruptions, plot_cost, plot_degraded, plot_fields, plot_occlusion, plot_orientations,
@@ -102,6 +102,13 @@ def test_the_caption_says_what_a_figure_rests_on():
     for part in ("scale smoke", "no evidence about natural", "2 classes", "1,000 training images", "2 epochs", "n = 10", "2 seeds",
         "a CPU", "commit abc"):
         assert part in said
+
+def test_the_caption_says_how_wide_intervals_are_and_what_was_measured_on_fewer_images():
+    some = record(noise=few(3), under={("PGD-20", .2): few(2)[:5], ("certified", .09): few(1)[:5], ("strong attacks", .2): few(1)[:2]})
+    (low, high), (few_low, few_high) = wilson(5, 10), wilson(2, 5)
+    said = caption([some])
+    assert f"n = 10 validation images (95 % intervals up to ± {50*(high - low):.1f} points; " in said
+    assert f"; PGD-20, certified: n = 5, ± {50*(few_high - few_low):.1f}; strong attacks: n = 2, ± " in said
 
 def test_the_caption_counts_the_seeds_of_a_section_s_run_and_orders_epochs_as_numbers():
     records = [{**record(seed=s), "section": section, "commit": f"{s}{section}"} for section in ("one", "two") for s in range(2)]

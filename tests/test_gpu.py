@@ -10,7 +10,7 @@ import torch
 from robustcv import adversarial_training as adv
 from robustcv.color_jitter import ColorJitter
 from robustcv.core import generator, normalized, seed_everything
-from robustcv.data import ImageSet
+from robustcv.data import Batches, ImageSet
 from robustcv.evaluation import evaluate
 from robustcv.fgsm import Transferred
 from robustcv.models import build_model
@@ -40,6 +40,13 @@ def images(n=96, side=64, k=4):
     gen = torch.Generator().manual_seed(0)
     boxes = torch.tensor([.1, .2, .7, .8]).repeat(n, 1)
     return ImageSet(torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=gen), torch.arange(n) % k, tuple("abcdefgh"[:k]), boxes)
+
+def test_a_set_that_stays_outside_is_served_all_the_same(monkeypatch):
+    inside = Batches(images(), 32, shuffle=True, device="cuda")
+    monkeypatch.setattr("robustcv.data._has_room", lambda device, images: False)
+    outside = Batches(images(), 32, shuffle=True, device="cuda")
+    assert inside.images.is_cuda and not outside.images.is_cuda
+    for a, b in zip(inside, outside, strict=True): assert b.images.is_cuda and a.images.equal(b.images) and a.labels.equal(b.labels) and a.boxes.equal(b.boxes)
 
 OBJECTIVES = {
     "cross-entropy": cross_entropy, "adversarial": adv.adversarial_loss, "data": adv.adversarial_data_loss,

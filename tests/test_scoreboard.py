@@ -182,7 +182,7 @@ def test_the_summary_is_two_files_named_after_the_scale(tmp_path):
 
 def test_drawn_images_are_said_to_be_drawn(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(plt.Figure, "suptitle", lambda fig, text, **kwargs: said.append(text))
+    monkeypatch.setattr(plt.Figure, "text", lambda fig, x, y, text, **kwargs: said.append(" ".join(text.split())))
     real = made("plain", scale="lite"); real["data"] |= dict(name="photographs", synthetic=False)
     draw_summary([made("plain")], tmp_path); draw_summary([real], tmp_path)
     assert ["no evidence about natural" in s for s in said] == [True]*2 + [False]*2 and all("n = 1,000" in s for s in said)
