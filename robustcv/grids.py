@@ -61,7 +61,7 @@ def _crop_and_pad(): return RandomCrop(56), Pad(4)
 
 def color_jitter() -> list[Run]:
     "Each field of colour over its strengths, and the other augmentations of the article, alone and combined."
-    fields = dict(contrast=(.1, .4, .8, 2, 5), brightness=(.1, .4, .8, 2, 5), saturation=(.1, .4, .8, 2, 5), hue=(.05, .1, .25, .5))
+    fields = dict(contrast=(.1, .4, .8, 2, 5), brightness=(.1, .4, .8, 1, 2, 5), saturation=(.1, .4, .8, 2, 5), hue=(.05, .1, .25, .5))
     jitter = {f"{f} {v:g}": ColorJitter(**{f: v}) for f, strengths in fields.items() for v in strengths}
     four = {f"all four {v:g}": ColorJitter(v, v, v, min(v, .5)) for v in (.1, .4, .8)}
     flips = {f"{name} {p}": flip(p) for name, flip in (("horizontal flip", RandomHorizontalFlip), ("vertical flip", RandomVerticalFlip)) for p in (.2, .6)}
