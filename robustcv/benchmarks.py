@@ -8,7 +8,7 @@ __all__ = ['MEASURES', 'interleave', 'line', 'transforms', 'pipeline', 'batches'
            'bench']
 
 # %% ../nbs/30_benchmarks.ipynb #645ac689
-import importlib, os, sys, tempfile, time
+import contextlib, importlib, os, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -71,7 +71,8 @@ def line(measure:str, # what was measured
 
 def _peer(package):
     "A package to compare with; None, with a message, where it is not installed."
-    try: return importlib.import_module(package)
+    try:
+        with contextlib.redirect_stdout(sys.stderr): return importlib.import_module(package) # the report alone goes to the output
     except ImportError: print(f"{package} is not installed: one peer less", file=sys.stderr)
 
 # %% ../nbs/30_benchmarks.ipynb #1e915514
