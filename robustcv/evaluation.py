@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .core import derive_seed, model_colors, normalized, out_of_memory, pick_device
 from .data import Batches, ImageSet, known_boxes, take
 from .ensemble import combine
-from .fgsm import fold_batchnorm
+from .fgsm import check_labels, fold_batchnorm
 from .models import check_logits, evaluating
 from .multi_task import box_iou, linear_probe, predict_boxes
 from .perturbations import ORBIT, Perturbation, labelled, standard_perturbations
@@ -44,9 +44,7 @@ def check_trust(model:nn.Module, # to be evaluated
     if model.training: warn("the model is in training mode: it is measured in evaluation mode; call model.eval() to say that you mean it")
     with evaluating(model), torch.enable_grad():
         x = images.clone().requires_grad_(True)
-        out = check_logits(model(x))
-        if out.ndim != 2 or int(labels.max()) >= out.shape[1]:
-            raise ValueError(f"model: its output of shape {tuple(out.shape)} has no logit for label {int(labels.max())}")
+        out = check_labels(check_logits(model(x)), labels)
         loss = nn.functional.cross_entropy(out.float(), labels, reduction="sum")
         grad = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
         with torch.no_grad(): again = model(images)

@@ -324,6 +324,11 @@ def _carried_out(job, others, at, pooled):
 def _on_record(job, results): return job.status == "on record" or job.id in {r["id"] for r in load_records(Path(results)/f"{job.run.section}.jsonl")}
 
 # %% ../nbs/20_experiments.ipynb #ba858c11
+def _records(jobs, results):
+    "What is on record of jobs, section by section."
+    wanted = {j.id for j in jobs}
+    return [r for s in dict.fromkeys(j.run.section for j in jobs) for r in load_records(Path(results)/f"{s}.jsonl") if r["id"] in wanted]
+
 def _keep(job, at, seconds, metrics, results):
     "Append a job's record to its section's."
     record = make_record(job.run.section, job.run.name, at.scale.name, job.config, job.seed, at.about, at.device, seconds, metrics)
@@ -370,8 +375,7 @@ def run_sections(sections:list, # names of sections
             if main_process(): _keep(job, at, seconds, metrics, results)
             say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {seconds:.0f} s{_left(left.values(), spent)}")
     wait_for_all()
-    wanted = {j.id for j in jobs}
-    return [r for s in dict.fromkeys(j.run.section for j in jobs) for r in load_records(Path(results)/f"{s}.jsonl") if r["id"] in wanted]
+    return _records(jobs, results)
 
 # %% ../nbs/20_experiments.ipynb #a8a55199
 def run_section(section:str, *args, **kwargs) -> list: # of records

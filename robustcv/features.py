@@ -77,9 +77,8 @@ class _Cached:
             loss = F.cross_entropy(self.logits(features if self.pooled else features[None]), b.labels, label_smoothing=0.1)
             loss.backward(); self.optimizer.step(); self.schedule.step(); self.optimizer.zero_grad()
             total = total + loss.detach().double()
-        total = float(total)
         seconds, images = time.perf_counter() - start, len(self.batches)*self.config.batch_size
-        if not math.isfinite(total): raise not_finite(f"loss is not finite in epoch {epoch + 1}", self.config)
+        if not math.isfinite(total := float(total)): raise not_finite(f"loss is not finite in epoch {epoch + 1}", self.config)
         row |= {"loss": total/len(self.batches), "seconds": round(seconds, 4), "images_per_second": round(images/seconds, 1)}
         return row | {name: self.accuracy(*p) for name, p in self.probes.items()}
 

@@ -17,8 +17,7 @@ import torch
 
 from .claims import plot_claims
 from .core import COLORS, generator, model_colors, normalized, set_style
-from .data import ImageSet
-from .perturbations import ORBIT, show_perturbations, standard_perturbations
+from .perturbations import ORBIT, standard_perturbations
 from .evaluation import plot_bars, plot_strength
 from .experiments import ATTACKED
 from .tables import basis, by_name, filters, one_setting, pool
@@ -288,7 +287,6 @@ def under(fig, # a figure of the records
 # %% ../nbs/22_figures.ipynb #14eccec6
 def draw_figures(records:list, # of one section, scale and data set
                  folder, # where the PNG files go
-                 images:ImageSet|None=None, # for a picture of the perturbations
                 ) -> list: # paths
     "The figures of a section as PNG files named after section and scale."
     import matplotlib.pyplot as plt
@@ -297,7 +295,6 @@ def draw_figures(records:list, # of one section, scale and data set
     folder.mkdir(parents=True, exist_ok=True)
     def keep(name, fig): out.append(folder/f"{r['section']}-{r['scale']}-{name}.png"); under(fig, records); fig.savefig(out[-1]); plt.close(fig)
     for name, fig in _figures(records): keep(name, fig)
-    if images is not None: keep("examples", show_perturbations(images.images[torch.linspace(0, len(images) - 1, 4).long()], standard_perturbations()[::2]))
     return out
 
 # %% ../nbs/22_figures.ipynb #4601409a

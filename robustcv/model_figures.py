@@ -19,6 +19,7 @@ from .evaluation import spread_over
 from .experiments import describe_data, scale_data, trained_model
 from .fgsm import attacking, gradient
 from .multi_task import box_iou, box_quality, predict_boxes
+from .perturbations import show_perturbations, standard_perturbations
 from .symmetry import rotation_response
 
 # %% ../nbs/22a_model_figures.ipynb #27906f0d
@@ -86,7 +87,7 @@ def plot_worst_boxes(images:ImageSet, # with boxes
 
 # %% ../nbs/22a_model_figures.ipynb #dbba32fb
 def _model_figures(get, train, valid):
-    "Name and function of each picture that needs networks."
+    "Name and function of each picture that needs images, and mostly networks, too."
     def example():
         model, x = get("fgsm", "ResNet-18"), valid.images/255
         with torch.no_grad(): right = torch.cat([model(b).argmax(1) for b in x.split(256)]) == valid.labels
@@ -95,7 +96,8 @@ def _model_figures(get, train, valid):
         return plot_example(model, x[few], valid.labels[few], valid.classes)
     def response(): return plot_response({n: get("symmetry", n) for n in ("baseline", "layer 2+", "all")}, spread_over(valid, 64).images/255)
     boxes = {"multi_task-{}-boxes": lambda: plot_boxes(get("multi_task", "multi-task"), valid), "multi_task-{}-worst": lambda: plot_worst_boxes(train)}
-    return {"fgsm-{}-example": example, "symmetry-{}-response": response, **(boxes if train.boxes is not None else {})}
+    def perturbed(): return show_perturbations(spread_over(valid, 4).images, standard_perturbations()[::2])
+    return {"baseline-{}-examples": perturbed, "fgsm-{}-example": example, "symmetry-{}-response": response, **(boxes if train.boxes is not None else {})}
 
 # %% ../nbs/22a_model_figures.ipynb #28cae03d
 def draw_models(scale:Scale, data, # the scale, and the folder of its images
@@ -103,7 +105,7 @@ def draw_models(scale:Scale, data, # the scale, and the folder of its images
                 folder="figures", # where the PNG files go
                 **kwargs, # cache, workers
                ) -> list: # paths
-    "Adversarial examples, responses to rotation, and boxes; a picture whose networks are not there is left out with a warning."
+    "Images under perturbations, adversarial examples, responses to rotation, and boxes; a picture whose networks are not there is left out with a warning."
     import matplotlib.pyplot as plt
     train, valid = scale_data(scale, data, **kwargs)
     get, files = partial(trained_model, scale=scale, about=describe_data(train, valid), folder=runs), []

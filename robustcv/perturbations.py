@@ -55,9 +55,10 @@ UNITS = {"degrees counter-clockwise": "{:g}°", "degrees": "{:g}°", "turns": "{
 def labelled(name:str, # of a perturbation
              strength:float|None, # NaN or None: it has none
              unit:str="", # of the strength
+             between:str=" ", # name and strength
             ) -> str:
     "What axes and tables call a perturbation: its name, strength and unit."
-    return name if strength is None or math.isnan(strength) else f"{name} {UNITS.get(unit, '{:g}').format(strength)}"
+    return name if strength is None or math.isnan(strength) else f"{name}{between}{UNITS.get(unit, '{:g}').format(strength)}"
 
 # %% ../nbs/08_perturbations.ipynb #07a18166
 def standard_perturbations() -> list[Perturbation]:
@@ -159,5 +160,5 @@ def show_perturbations(images:Tensor, # uint8 (N,3,H,W), one row each
     "Images under perturbations: a row an image."
     torch.manual_seed(0)
     cells = [p.apply(images/255, None, None) for p in perturbations]
-    titles = [labelled(f"{p.name}\n", p.strength, p.unit) for p in perturbations] + [""]*(len(cells)*(len(images) - 1))
+    titles = [labelled(p.name, p.strength, p.unit, "\n") for p in perturbations] + [""]*(len(cells)*(len(images) - 1))
     return show_images(torch.stack(cells, 1).flatten(0, 1), titles, columns=len(cells), size=0.9)

@@ -60,12 +60,12 @@ def only_member(record:dict) -> tuple|None: # section and name
 
 # %% ../nbs/18_tables.ipynb #3112978f
 def basis(records:list) -> str:
-    "In short what a figure of these records rests on: scale, data, images, seeds, and the half width that 95 % intervals over images have at most."
+    "In short what a figure of these records rests on: scale, data, images, seeds, and half the width that an accuracy's 95 % interval has at most."
     r, d = one_setting(records)[0], records[0]["data"]
     seeds = Counter((x["section"], x["name"]) for x in records).values()
     seeds = " to ".join(str(n) for n in sorted({min(seeds), max(seeds)})) + (" seeds" if max(seeds) > 1 else " seed")
     what = f"{d['name']}{' (drawn images: no evidence about natural ones)' if d['synthetic'] else ''}"
-    precision = "; ".join([f"95 % intervals up to {_up_to(d['valid'])} points", *_fewer(records)])
+    precision = "; ".join([f"accuracies to {_up_to(d['valid'])} points or better, 95 %", *_fewer(records)])
     return f"scale {r['scale']}: {what}, {d['classes']} classes; n = {d['valid']:,} validation images ({precision}); {seeds}"
 
 def _up_to(n): low, high = wilson(n//2, n); return f"± {50*(high - low):.1f}"

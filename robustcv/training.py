@@ -95,6 +95,15 @@ def accuracy(model:nn.Module, # to measure, in evaluation mode meanwhile
 # %% ../nbs/04_training.ipynb #f7d0e258
 PAUSE = 30. # seconds between checkpoints where an epoch may take less than writing one: on a GPU, on cached features
 
+# %% ../nbs/04_training.ipynb #2c8e5490
+def _read_state(file, parts):
+    "A checkpoint with all of its parts."
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if missing := parts - set(state): raise KeyError(f"lacks {', '.join(sorted(missing))}")
+        return state
+    except Exception as e: raise ValueError(f"{file}: damaged ({(str(e) or repr(e)).splitlines()[0][:100]}); remove it to start again") from None
+
 # %% ../nbs/04_training.ipynb #51c4ddde
 class Checkpoint:
     "The resumable state of a run, in `folder`; without a folder, only the best weights are kept, in memory."
@@ -118,11 +127,8 @@ class Checkpoint:
     def load(self) -> int: # number of finished epochs
         "Continue where the folder's state left off, if there is one."
         if self.folder is None or not (file := self.folder/"state.pt").is_file(): return 0
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            if missing := {"signature", "best", "history", *self.parts} - set(state): raise KeyError(f"lacks {', '.join(sorted(missing))}")
-        except Exception as e: raise ValueError(f"{file}: damaged ({(str(e) or repr(e)).splitlines()[0][:100]}); remove it to start again") from None
-        if not isinstance(state, dict) or state.get("signature") != self.signature:
+        state = _read_state(file, {"signature", "best", "history", *self.parts})
+        if state["signature"] != self.signature:
             raise ValueError(f"{file}: belongs to a run with other settings or data; remove it or choose another folder")
         for k, p in self.parts.items(): p.load_state_dict(state[k])
         self.history, self.best = json.loads(state["history"]), state["best"]

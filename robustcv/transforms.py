@@ -131,6 +131,18 @@ class RandomVerticalFlip(RandomHorizontalFlip):
     "Mirror top and bottom with probability `p`."
     dim = 2
 
+# %% ../nbs/02_transforms.ipynb #daae8053
+def _check_size(size) -> tuple[int, int]: # height and width
+    both = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(both) == 2 and all(isinstance(s, int) and s >= 1 for s in both): return both
+    raise ValueError(f"size={size}: expected a positive height and width in whole pixels")
+
+def _room(x, size, padding):
+    "By how many pixels down and right a window can be moved."
+    room = [n + 2*padding - s for n, s in zip(x.shape[2:], size, strict=True)]
+    if min(room) < 0: raise ValueError(f"size={size}: larger than images {tuple(x.shape[2:])} padded by {padding}")
+    return room
+
 # %% ../nbs/02_transforms.ipynb #3b1a9f55
 class RandomCrop(Transform):
     "Pad all sides, then take a `size` window at a random place."
@@ -140,18 +152,15 @@ class RandomCrop(Transform):
                  padding_mode:str="constant", # "constant" (black) or "reflect"
                 ):
         super().__init__()
-        self.size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-        if len(self.size) != 2 or not all(isinstance(s, int) and s >= 1 for s in self.size):
-            raise ValueError(f"size={size}: expected a positive height and width in whole pixels")
+        self.size = _check_size(size)
         if not isinstance(padding, int) or padding < 0: raise ValueError(f"padding={padding}: must be a whole number of pixels, not negative")
         if padding_mode not in ("constant", "reflect"): raise ValueError(f"padding_mode='{padding_mode}': use 'constant' or 'reflect'")
         self.padding, self.padding_mode = padding, padding_mode
 
     def draw(self, x, generator=None):
-        room = [n + 2*self.padding - s for n, s in zip(x.shape[2:], self.size, strict=True)]
-        if min(room) < 0: raise ValueError(f"size={self.size}: larger than images {tuple(x.shape[2:])} padded by {self.padding}")
         if self.padding_mode == "reflect" and self.padding >= min(x.shape[2:]):
             raise ValueError(f"padding={self.padding}: reflection needs less than the image's {min(x.shape[2:])} pixels")
+        room = _room(x, self.size, self.padding)
         top, left = ((uniform(len(x), 0, r + 1, generator)).long().clamp_(max=r) for r in room)
         return {"top": top, "left": left}
 

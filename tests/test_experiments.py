@@ -107,7 +107,7 @@ def test_the_caption_says_how_wide_intervals_are_and_what_was_measured_on_fewer_
     some = record(noise=few(3), under={("PGD-20", .2): few(2)[:5], ("certified", .09): few(1)[:5], ("strong attacks", .2): few(1)[:2]})
     (low, high), (few_low, few_high) = wilson(5, 10), wilson(2, 5)
     said = caption([some])
-    assert f"n = 10 validation images (95 % intervals up to ± {50*(high - low):.1f} points; " in said
+    assert f"n = 10 validation images (accuracies to ± {50*(high - low):.1f} points or better, 95 %; " in said
     assert f"; PGD-20, certified: n = 5, ± {50*(few_high - few_low):.1f}; strong attacks: n = 2, ± " in said
 
 def test_the_caption_counts_the_seeds_of_a_section_s_run_and_orders_epochs_as_numbers():
@@ -349,8 +349,8 @@ def test_a_run_is_recorded_once_and_then_skipped(go, tmp_path, tiny):
     model = load_model(next((tmp_path/"runs").rglob("model.safetensors")))
     assert model.classes == ("apple", "striped balloon")
     torch.testing.assert_close(filters(record), model.net.conv1[0].weight.detach(), atol=1e-3, rtol=1e-3)
-    names = [p.name for p in draw_figures([record], tmp_path/"figures", scale_data(SCALES["smoke"], tiny)[1])]
-    assert names == [f"tiny-smoke-{n}.png" for n in ("curves", "perturbations", "examples")]
+    names = [p.name for p in draw_figures([record], tmp_path/"figures")]
+    assert names == [f"tiny-smoke-{n}.png" for n in ("curves", "perturbations")]
     assert all((tmp_path/"figures"/n).stat().st_size > 1000 for n in names)
 
 # several processes with the same folders
@@ -439,13 +439,13 @@ def test_pictures_of_models_are_drawn_from_what_a_run_left(go, tmp_path, monkeyp
     monkeypatch.setattr("robustcv.model_figures.plot_response", few)
     with pytest.warns(UserWarning, match="multi_task-smoke-worst is left out: .* has fewer than 8 boxes of each defect"): # drawn images have none
         files = draw_models(SCALES["smoke"], tiny, tmp_path/"runs", tmp_path/"figures")
-    names = ("fgsm-smoke-example", "symmetry-smoke-response", "multi_task-smoke-boxes")
+    names = ("baseline-smoke-examples", "fgsm-smoke-example", "symmetry-smoke-response", "multi_task-smoke-boxes")
     assert files == [tmp_path/"figures"/f"{n}.png" for n in names] and all(f.stat().st_size > 1000 for f in files)
 
 def test_pictures_whose_networks_are_not_there_are_left_out_with_a_warning(tmp_path, tiny):
     with pytest.warns(UserWarning, match="fgsm-smoke-example is left out: .*is not there; `robustcv run fgsm --only 'ResNet-18'"):
         files = draw_models(SCALES["smoke"], tiny, tmp_path/"runs", tmp_path/"figures")
-    assert files == [] == list((tmp_path/"figures").iterdir())
+    assert [f.name for f in files] == ["baseline-smoke-examples.png"] and files == list((tmp_path/"figures").iterdir())
 
 def test_accuracy_and_gap_are_drawn_by_the_quality_of_the_boxes():
     records = [record(n, hits=few(k), training=10.*k + 20, section="multi_task")
