@@ -47,7 +47,7 @@ def occlude(x:Tensor, side:float, at:tuple=(.5, .5)) -> Tensor:
 
 # %% ../nbs/08_perturbations.ipynb #b14d28e0
 UNITS = {"degrees counter-clockwise": "{:g}°", "degrees": "{:g}°", "turns": "{:+g} turns", "factor": "× {:g}",
-         "standard deviation, normalised": "σ = {:g}, normalised", "standard deviation, pixels in [0,1]": "σ = {:g}", "σ, pixels": "σ = {:g} px",
+         "standard deviation, normalised": "σ = {:g} norm.", "standard deviation, pixels in [0,1]": "σ = {:g}", "σ, pixels": "σ = {:g} px",
          "half width, pixels in [0,1]": "± {:g}", "share of the values": "{:g} of the values", "of the side": "{:g} of the side",
          "side of the square / image": "{:g} of the side", "quality": "quality {:g}", "severity": "severity {:g}", "ε, normalised": "ε = {:g}",
          "L2 radius, pixels in [0,1]": "radius {:g}", "intersection over union, at least": "IoU ≥ {:g}"} # of strengths, in short
