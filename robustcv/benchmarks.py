@@ -8,7 +8,7 @@ __all__ = ['MEASURES', 'interleave', 'line', 'transforms', 'pipeline', 'batches'
            'bench']
 
 # %% ../nbs/30_benchmarks.ipynb #645ac689
-import contextlib, importlib, os, sys, tempfile, time
+import contextlib, importlib, multiprocessing, os, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,6 +16,7 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 from torchvision.transforms import v2
@@ -164,14 +165,15 @@ def batches(data, rounds=5):
 
 # %% ../nbs/30_benchmarks.ipynb #bb9ff971
 def _pil(files):
-    from PIL import Image
     for f in files: Image.open(f).convert("RGB").load()
 
-def _pil_processes(files, n=2):
-    import multiprocessing
+def _decoder(size, files):
+    for f in files: Image.frombytes("RGB", size, Path(f).read_bytes(), "jpeg", "RGB", "")
+
+def _in_processes(f, files, n=2):
     step = -(-len(files)//(8*n))
     with multiprocessing.get_context("fork").Pool(n) as pool:
-        pool.map(_pil, [files[i:i+step] for i in range(0, len(files), step)])
+        pool.map(f, [files[i:i+step] for i in range(0, len(files), step)])
         pool.close(); pool.join() # rather than be terminated, which a command would answer with a message
 
 def decode(data, rounds=5, most=20_000):
@@ -180,9 +182,9 @@ def decode(data, rounds=5, most=20_000):
     files, labels, boxes, meta = _scan_tiny(root, "train")
     few = (files[:most], labels[:most], boxes[:most], meta)
     with tempfile.TemporaryDirectory() as d:
-        path = Path(d)/"decoded.safetensors"
+        path, alone = Path(d)/"decoded.safetensors", partial(_decoder, Image.open(files[0]).size)
         seconds = interleave({"ours": lambda: write_cache(path, few, None, 2), "Pillow, one process": lambda: _pil(few[0]),
-                              "floor": lambda: _pil_processes(few[0])}, rounds)
+                              "Pillow, two processes": lambda: _in_processes(_pil, few[0]), "floor": lambda: _in_processes(alone, few[0])}, rounds)
     yield line("decode", seconds, len(few[0]))
     opened = median(interleave({"ours": lambda: load_tiny_imagenet(root)}, 9)["ours"]) # the call that warms up decodes, if need be
     yield dict(measure="open", ours=round(opened, 5), unit=f"seconds to open {len(files):,} images", peers={}, best_peer_ratio=None, floor=None,

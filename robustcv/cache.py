@@ -18,13 +18,30 @@ from tqdm.auto import tqdm
 
 from .core import atomic_path
 
+# %% ../nbs/01a_cache.ipynb #c0e979d3
+def _plain_jpeg(content):
+    "Decode a JPEG of at most a million pixels to RGB (3,H,W); None for all that needs a second look: other files, damaged ones, Exif data, four colours."
+    at = 2 if content[:2] == b"\xff\xd8" else len(content)
+    while content[at:at+1] == b"\xff" and content[at+1:at+2] not in (b"\xc0", b"\xc1", b"\xc2"): # from segment to segment, to the frame header
+        if content[at+4:at+8] == b"Exif": return None
+        at += 2 + int.from_bytes(content[at+2:at+4], "big")
+    if content[at:at+1] != b"\xff": return None
+    height, width = int.from_bytes(content[at+5:at+7], "big"), int.from_bytes(content[at+7:at+9], "big")
+    mode = {b"\x01": "L", b"\x03": "RGB"}.get(content[at+9:at+10])
+    if not mode or not 0 < height*width <= 1 << 20: return None
+    try: pixels = np.asarray(Image.frombytes(mode, (width, height), content, "jpeg", mode, ""))
+    except ValueError: return None
+    return pixels.transpose(2, 0, 1) if mode == "RGB" else np.broadcast_to(pixels, (3, height, width))
+
 # %% ../nbs/01a_cache.ipynb #9f5c8fbb
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90} # by the Exif orientation
 
 def _read_image(path, size):
-    "Decode one file of any format and mode to RGB (H,W,3); with `size`, resized and centre-cropped to a square. Also its hash."
+    "Decode one file of any format and mode to RGB (3,H,W); with `size`, resized and centre-cropped to a square. Also its hash."
     with open(path, "rb", buffering=0) as f: content = f.read() # whole, in one go
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    if not size and (pixels := _plain_jpeg(content)) is not None: return pixels, digest
     try:
         with Image.open(io.BytesIO(content)) as im:
             if size and im.format == "JPEG": im.draft("RGB", (2*size, 2*size))
@@ -34,7 +51,7 @@ def _read_image(path, size):
             if turn is not None: im = im.transpose(turn)
             if im.mode != "RGB": im = im.convert("RGB")
             if size and im.size != (size, size): im = ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
-            return np.asarray(im), hashlib.blake2b(content, digest_size=8).digest()
+            return np.asarray(im).transpose(2, 0, 1), digest
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{path}: not a readable image ({e})") from None
 
@@ -46,9 +63,9 @@ def _decode(job):
     for i, file in enumerate(files):
         try: image, digest = _read_image(file, size)
         except (OSError, ValueError) as e: errors.append(str(e)); continue
-        if image.shape[:2] != shape[1:]:
-            errors.append(f"{file}: {image.shape[1]}×{image.shape[0]} pixels where others have {shape[2]}×{shape[1]}: pass size= to resize them all")
-        else: pixels[i] = image.transpose(2, 0, 1); digests.append(digest)
+        if image.shape != shape:
+            errors.append(f"{file}: {image.shape[2]}×{image.shape[1]} pixels where others have {shape[2]}×{shape[1]}: pass size= to resize them all")
+        else: pixels[i] = image; digests.append(digest)
     with open(part, "rb+") as f: f.seek(offset); f.write(pixels)
     return digests, errors
 
@@ -83,7 +100,7 @@ def write_cache(path, # file to write
     "Decode a source into a safetensors file, atomically; a `ValueError` lists the files that are no images."
     files, labels, boxes, meta = source
     first, _ = _read_image(files[0], size)
-    n, shape = len(files), (3, *first.shape[:2])
+    n, shape = len(files), first.shape
     arrays = {"labels": labels, **({} if boxes is None else {"boxes": boxes})}
     kinds = {"labels": ("I64", (n,), 8*n), "boxes": ("F32", (n, 4), 16*n), "digests": ("U8", (n, 8), 8*n), "images": ("U8", (n, *shape), n*int(np.prod(shape)))}
     header, at = {"__metadata__": {k: json.dumps(v) for k, v in meta.items()}}, 0

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageOps
 
+from robustcv.cache import _plain_jpeg
 from robustcv.data import load_data, load_folder, load_tiny_imagenet
 
 def picture(seed=0, size=(16, 16), mode="RGB"):
@@ -146,6 +147,25 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path, name):
     if name == "a.pgm": file.write_bytes(b"P5 16 16 65535\n" + deep.astype(">u2").tobytes())
     else: Image.fromarray(deep).save(file)
     assert load_folder(tmp_path/"in").images[0, 1].tolist() == (deep >> 8).tolist()
+
+KINDS = {"plain": {}, "gray": {"mode": "L"}, "whole colours": {"subsampling": 0}, "half colours": {"subsampling": 1}, "progressive": {"progressive": True},
+         "restarts": {"restart_marker_rows": 1}, "no conversion": {"keep_rgb": True}}
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_jpeg_is_decoded_at_once_to_the_pixels_it_has(tmp_path, kind):
+    keep = dict(KINDS[kind]); mode = keep.pop("mode", "RGB")
+    picture(1, (37, 50), mode).save(file := tmp_path/"a.jpg", **keep)
+    assert torch.equal(torch.from_numpy(_plain_jpeg(file.read_bytes()).copy()), pixels(file))
+
+def test_what_is_no_small_jpeg_gets_a_second_look(tmp_path):
+    exif = Image.Exif(); exif[0x0112] = 3
+    for name, image, keep in (("turned.jpg", picture(), {"exif": exif}), ("inks.jpg", picture(mode="CMYK"), {}), ("other.png", picture(), {}),
+                              ("large.jpg", Image.new("RGB", (1025, 1024)), {})):
+        image.save(tmp_path/name, **keep)
+        assert _plain_jpeg((tmp_path/name).read_bytes()) is None, name
+    Image.new("RGB", (1024, 1024)).save(tmp_path/"million.jpg")
+    whole = (tmp_path/"million.jpg").read_bytes(); assert _plain_jpeg(whole).shape == (3, 1024, 1024)
+    for n in range(700): assert _plain_jpeg(whole[:n]) is None, n
 
 def test_a_photograph_with_odd_metadata_is_read(tmp_path):
     exif = Image.Exif(); exif[0x0112], exif[0x010e] = 6, "text"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from robustcv import cache
 from robustcv.cache import _read_image
 from robustcv.core import append_record, check_record, load_records, make_record
 from robustcv.data import ImageSet, load_tiny_imagenet
@@ -55,8 +56,22 @@ def test_damaged_images(kind, n, tmp_path):
         found = outcome(lambda p, size=size: _read_image(p, size), path)
         if found is None: refused += 1; continue
         read += 1
-        assert found[0].dtype == np.uint8 and found[0].shape[2] == 3 and found[0].ndim == 3 and (size is None or found[0].shape[:2] == (16, 16)), i
+        assert found[0].dtype == np.uint8 and found[0].shape[0] == 3 and found[0].ndim == 3 and (size is None or found[0].shape[1:] == (16, 16)), i
     assert read and refused
+
+def test_damaged_jpegs_are_read_as_pillow_reads_them(tmp_path, monkeypatch):
+    rng, path, pixels = random.Random(1), tmp_path/"image.jpg", np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
+    at_once = 0
+    for i in range(2000):
+        Image.fromarray(pixels).convert(rng.choice(("RGB", "L", "CMYK"))).save(content := io.BytesIO(), "JPEG", progressive=rng.random() < .3)
+        path.write_bytes(damaged(content.getvalue(), rng))
+        at_once += cache._plain_jpeg(path.read_bytes()) is not None
+        found = outcome(lambda p: _read_image(p, None), path)
+        with monkeypatch.context() as m:
+            m.setattr(cache, "_plain_jpeg", lambda content: None)
+            expected = outcome(lambda p: _read_image(p, None), path)
+        assert (found is None) == (expected is None) and (found is None or np.array_equal(found[0], expected[0])), i
+    assert at_once > 200
 
 @pytest.mark.parametrize("file, n", [("val/val_annotations.txt", 400), ("wnids.txt", 200), ("words.txt", 100), ("train/{}/{}_boxes.txt", 200)])
 def test_damaged_lists(file, n, tmp_path):
