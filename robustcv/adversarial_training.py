@@ -7,7 +7,7 @@ __all__ = ['adversarial_loss', 'adversarial_data_loss', 'pgd_loss', 'fgsm_rs_los
            'CollapseWarning', 'WatchPGD']
 
 # %% ../nbs/13_adversarial_training.ipynb #8efb754a
-import warnings
+import warnings, weakref
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .core import capturable, normalized, per_channel
 from .data import Batch
-from .fgsm import attacking, cross_entropies, gradient, pgd
+from .fgsm import attacking, check_radius, cross_entropies, gradient, pgd
 
 # %% ../nbs/13_adversarial_training.ipynb #8c2e458b
 def _mean_loss(model, x, y, label_smoothing=0.1): return F.cross_entropy(model(x).float(), y, label_smoothing=label_smoothing)
@@ -37,7 +37,7 @@ def adversarial_loss(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K),
     return (1 - alpha)*_mean_loss(model, adv, batch.labels) + clean.detach()
 
 def _radius(eps, x):
-    eps = normalized(0.2) if eps is None else torch.as_tensor(eps)
+    eps = normalized(0.2) if eps is None else check_radius(eps)
     if not (eps >= 0).all() or (eps > 1).any(): raise ValueError(f"eps={eps}: between 0 and 1, in pixel units")
     return per_channel(eps, x)
 
@@ -114,7 +114,7 @@ def trades_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
 # %% ../nbs/13_adversarial_training.ipynb #e3b34365
 def _ascend(model, x, radius, steps, size, loss):
     "Signed-gradient steps from a random start, in the precision of training."
-    if steps < 1: raise ValueError(f"steps={steps}: at least 1")
+    if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps={steps}: at least 1, a whole number")
     size = 2.5/steps if size is None else size
     adv = (x + radius*(torch.rand_like(x)*2 - 1)).clamp_(0, 1)
     with attacking(model, fp32=False):
@@ -129,9 +129,14 @@ class FreeAdversarial:
     "Free adversarial training, for `Training(replays=m)` ([Shafahi et al. 2019](https://arxiv.org/abs/1904.12843))."
     eps:float|Tensor|None=None # L-inf radius in pixel units, or one per channel; None: normalized(0.2)
 
+    def for_epoch(self, epoch:int):
+        "What `fit` calls first in an epoch: the perturbation goes on from batch to batch, but not beyond."
+        self._from = None
+        return self
+
     def __call__(self, model, batch, backward):
-        radius, now = _radius(self.eps, batch.images), (id(model), batch.epoch, batch.images.shape)
-        goes_on = getattr(self, "_from", None) == now # the perturbation goes on from batch to batch, within an epoch
+        radius, now = _radius(self.eps, batch.images), (batch.epoch, batch.images.shape)
+        goes_on = getattr(self, "_from", None) == now
         delta = (self._delta.to(batch.images) if goes_on else torch.zeros_like(batch.images)).requires_grad_(True)
         loss = _mean_loss(model, (batch.images + delta).clamp(0, 1), batch.labels)
         backward(loss)
@@ -146,8 +151,10 @@ class WarmUp:
     objective:object # objective(model, batch, backward) -> loss
     epochs:int=1 # clean ones
 
-    def for_epoch(self, epoch:int): return _clean_loss if epoch < self.epochs else self.objective # what `fit` calls in an epoch
-    def __call__(self, model, batch, backward): return self.for_epoch(batch.epoch)(model, batch, backward)
+    def for_epoch(self, epoch:int): # what `fit` calls in an epoch
+        return _clean_loss if epoch < self.epochs else self.objective.for_epoch(epoch) if hasattr(self.objective, "for_epoch") else self.objective
+
+    def __call__(self, model, batch, backward): return (_clean_loss if batch.epoch < self.epochs else self.objective)(model, batch, backward)
 
 @capturable
 def _clean_loss(model, batch, backward): return _mean_loss(model, batch.images, batch.labels)
@@ -162,10 +169,13 @@ class WatchPGD:
                  eps:float|Tensor|None=None, # L-inf radius in pixel units, or one per channel; None: normalized(0.2)
                  steps:int=10, # of the attack
                  images:int=256, # number of validation images, at most
-                ): self.eps, self.steps, self.images, self.best = normalized(0.2) if eps is None else eps, steps, images, 0.
+                ):
+        if not isinstance(images, int) or images < 1: raise ValueError(f"images={images}: at least 1")
+        self.eps, self.steps, self.images, self.best = normalized(0.2) if eps is None else eps, steps, images, 0.
 
     def __call__(self, model, batches):
         right = seen = 0
+        if getattr(self, "_of", type(None))() is not model: self._of, self.best = weakref.ref(model), 0. # another training
         for b in batches:
             few = b.index % -(-len(batches.data)//self.images) == 0 # evenly spread: the images are sorted by class
             if not few.any(): continue

@@ -66,7 +66,7 @@ HUE = 3 # its place among them
 
 # %% ../nbs/10_color_jitter.ipynb #d4d08e7e
 class ColorJitter(Transform):
-    "Change brightness, contrast, saturation and hue by random amounts in random order; torchvision's ranges."
+    "Change brightness, contrast, saturation and hue by random amounts in random order; torchvision's ranges. Where the hue may change, no gradient passes."
     chunk = 64
 
     def __init__(self,

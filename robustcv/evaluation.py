@@ -49,6 +49,7 @@ def check_trust(model:nn.Module, # to be evaluated
         grad = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
         with torch.no_grad(): again = model(images)
     if not torch.allclose(out, again, rtol=1e-2, atol=1e-3): warn("two forward passes on the same images differ: single attacks and accuracies are random")
+    if grad is not None and not grad.isfinite().all(): warn("the gradient with respect to some images is not finite: gradient attacks cannot follow it")
     if grad is None or (grad.flatten(1) == 0).all(1).any():
         warn("the gradient with respect to some images is exactly zero: gradient attacks will look weaker than they are")
     if (out >= 0).all() and torch.allclose(out.sum(1), torch.ones(len(out), device=out.device), atol=1e-3):
@@ -81,6 +82,7 @@ def check_results(table:pd.DataFrame, # from `evaluate`
 # %% ../nbs/05_evaluation.ipynb #6591f2e5
 COLUMNS = ["perturbation", "strength", "unit", "correct", "n", "accuracy", "low", "high", "seconds", "hits", "predicted"]
 
+@torch.inference_mode(False) # also where the caller is in it: attacks need gradients
 def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
              images:ImageSet, # what to measure it on
              perturbations=None, # list of `Perturbation`; None: the standard ones
@@ -163,6 +165,7 @@ def evaluate_together(members:dict, # name to model
                       batch_size:int|None=None, precision:str="auto", seed:int=0, device=None, # as for `evaluate`
                      ) -> dict: # name of a group to its evaluation, as `evaluate` gives it
     "`evaluate` for several ensembles of the same models at once."
+    if not len(images): raise ValueError(f"images: {images.name} is empty")
     device = pick_device(device)
     batches = Batches(images, batch_size or at_a_time(device), device=device)
     with evaluating(*[m.to(device, memory_format=torch.channels_last) for m in members.values()]):
@@ -244,7 +247,10 @@ def compare(before, # (n,) bool: which images the first model has right
             confidence:float=0.95, # of the interval
            ) -> dict: # difference, low, high in percentage points; p; gained and lost images; n
     "Paired difference of two accuracies on the same images."
-    before, after = np.asarray(before, bool), np.asarray(after, bool)
+    before, after = (np.asarray(v) for v in (before, after))
+    if not all(v.dtype == bool or np.isin(v, (0, 1)).all() for v in (before, after)):
+        raise ValueError("before, after: right or wrong, image by image; of shares of seeds, and of records, `comparisons.paired` takes the difference")
+    before, after = before.astype(bool), after.astype(bool)
     if before.shape != after.shape or before.ndim != 1 or not len(before):
         raise ValueError(f"before, after: need the same images, got shapes {before.shape} and {after.shape}")
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .core import derive_seed, generator, pick_device
 from .data import Batches, ImageSet
-from .models import Classifier
-from .symmetry import RandomSymmetry, orbit_features, split_at, symmetrize, turned
+from .models import Classifier, evaluating
+from .symmetry import RandomSymmetry, check_sides, orbit_features, split_at, symmetrize, turned
 from .training import PAUSE, Checkpoint, Training, _check_fit, _one_cycle, _signature, autocast, cross_entropy, fit, not_finite, probe_images
 
 # %% ../nbs/04a_features.ipynb #44bf1b20
@@ -27,8 +27,8 @@ def gigabytes(model:Classifier, # already where it computes
               images:ImageSet, # to be learnt from
              ) -> float:
     "What the features of all images in eight orientations take in float32."
-    x = images.images[:1].to(next(model.parameters()).device)/255
-    return 8*len(images)*split_at(model, first)[0].eval()(x).numel()*4/1e9
+    x, before = images.images[:1].to(next(model.parameters()).device)/255, split_at(model, first)[0]
+    with evaluating(before): return 8*len(images)*before(x).numel()*4/1e9
 
 # %% ../nbs/04a_features.ipynb #3be1355a
 def fit_from(model:Classifier, # trained in place, from a stage on
@@ -45,6 +45,8 @@ def fit_from(model:Classifier, # trained in place, from a stage on
     device = pick_device(device)
     _check_fit(model, train, valid)
     if model.config.get("boxes"): raise ValueError("model: has a head for boxes; `fit_from` trains classifiers alone")
+    if config.replays: raise ValueError(f"config: replays={config.replays}; `fit_from` takes a batch once, `fit` several times")
+    for s in (train, valid): check_sides(*s.images.shape[2:])
     model.freeze_below(first).to(device)
     model.classes, model.size, model.trained_on = train.classes, train.images.shape[-1], train.fingerprint
     if (size := gigabytes(model, first, train)) > most:

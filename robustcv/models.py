@@ -38,6 +38,8 @@ class Classifier(nn.Module):
                 x:Tensor, # (B,3,H,W) in [0,1]
                 boxes:bool=False, # boxes, too, of a network built with a head for them
                ) -> Tensor|tuple[Tensor, Tensor]: # logits (B,K); with `boxes` also (B,4), x0,y0,x1,y1 in [0,1]
+        if isinstance(x, Tensor) and (x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point()): # and no stand-in for one
+            raise ValueError(f"x: expected images (B,3,H,W) in [0,1], got {tuple(x.shape)} of {x.dtype}; divide uint8 images by 255")
         two, k = self.config.get("boxes"), self.config["num_classes"]
         if boxes and not two: raise ValueError(f"boxes=True: this {self.config['name']} has no head for boxes; build it with build_model(…, boxes=True)")
         out = self.net(torch.addcmul(self.shift, x, self.scale))
@@ -146,8 +148,8 @@ def build_model(name:str, # "resnet18", "densenet121", any torchvision classifie
         if head in state and len(state[head]) != outputs: net = _create(name, len(state[head]))
     replaced = None if stem == "imagenet" else _small_stem(net, {"half": 2, "small": 1}[stem])
     if state is not None: _load_state(net, state, weights or f"pretrained {name}", may_miss=replaced)
-    last = net.get_submodule(stages["head"][0]) if "head" in stages else None
-    if last and (last.out_features != outputs or boxes and state is not None): net.set_submodule(stages["head"][0], nn.Linear(last.in_features, outputs))
+    last, other = net.get_submodule(stages["head"][0]) if "head" in stages else None, state is not None and (boxes or weights and _has_boxes(weights))
+    if last and (other or last.out_features != outputs): net.set_submodule(stages["head"][0], nn.Linear(last.in_features, outputs))
     start = f"{Path(weights).name} {_hash(state)}" if weights else "ImageNet" if pretrained else "scratch"
     return Classifier(net, stages, dict(name=name, num_classes=num_classes, stem=stem, start=start, **({"boxes": True} if boxes else {})))
 
@@ -167,6 +169,15 @@ def _read_weights(path) -> dict:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: expected a dictionary of tensors (a state_dict)")
     return _modern_names({k.removeprefix("net."): v for k, v in state.items()})
+
+def _description(path):
+    "What `save_model` says of a network; None in other safetensors files."
+    with safe_open(path, "pt") as f: return json.loads((f.metadata() or {}).get("robustcv", "null"))
+
+def _has_boxes(path):
+    "Whether the outputs of the network in a file are not classes alone."
+    try: return bool((_description(Path(path).expanduser()) or {}).get("boxes"))
+    except (SafetensorError, json.JSONDecodeError, AttributeError): return False
 
 def _hash(state): # what the weights are, wherever they lie
     h = hashlib.blake2b(digest_size=4)
@@ -232,10 +243,8 @@ def load_model(path, # file written by `save_model`
     "Build the model that a file describes and load its weights; executes no code from the file."
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such model file")
-    try:
-        with safe_open(path, "pt") as f: config = json.loads((f.metadata() or {})["robustcv"])
+    try: config = _description(path)
     except (SafetensorError, json.JSONDecodeError, OSError) as e: raise ValueError(f"{path}: damaged or not a safetensors file ({e})") from None
-    except KeyError: config = None
     if not isinstance(config, dict) or config.keys() - {"boxes", "trained_on"} != {"name", "num_classes", "stem", "start", "classes", "size"}:
         raise ValueError(f"{path}: not a robustcv model; pass it to build_model(…, weights=FILE) instead")
     classes = config["classes"]
@@ -259,4 +268,4 @@ def show_filters(filters:nn.Module|Tensor, # a network that begins with a convol
     "The first layer's filters as images, each scaled to its own largest weight; gray is zero."
     w = filters if isinstance(filters, Tensor) else first_conv(filters).weight.detach().float().cpu()
     if w.shape[1] != 3: raise ValueError(f"the first convolution has {w.shape[1]} input channels; only 3 can be shown as colours")
-    return show_images(0.5 + 0.5*w/w.abs().amax((1, 2, 3), keepdim=True), columns=columns, size=0.55)
+    return show_images(0.5 + 0.5*w/w.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12), columns=columns, size=0.55)

@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss
 from torchvision.transforms.v2 import functional as tv
 
 from .core import capturable, choose, generator, pick_device
@@ -28,9 +27,17 @@ def box_loss(predicted:Tensor, # (B,4), x0,y0,x1,y1 in [0,1]
             ) -> Tensor: # scalar: the mean over known boxes, 0 if there are none
     "The smooth L1 loss, summed over coordinates and quadratic below a ninth ([Girshick 2015](https://arxiv.org/abs/1504.08083)), or 1 − generalised IoU."
     choose("kind of box loss", kind, ["smooth l1", "giou"])
-    each = F.smooth_l1_loss(predicted, given, beta=1/9, reduction="none").sum(1) if kind == "smooth l1" else generalized_box_iou_loss(predicted, given)
+    each = F.smooth_l1_loss(predicted, given, beta=1/9, reduction="none").sum(1) if kind == "smooth l1" else _giou_loss(predicted, given)
     some = known_boxes(given)
     return torch.where(some, each, 0.).sum()/some.sum().clamp_min(1)
+
+def _giou_loss(a, b):
+    "1 − generalised IoU of boxes (B,4), pair by pair; as torchvision's, whose masks read from the device, which a CUDA graph must not."
+    (x0, y0, x1, y1), (u0, v0, u1, v1) = a.unbind(1), b.unbind(1)
+    both = (torch.minimum(x1, u1) - torch.maximum(x0, u0)).clamp_min(0)*(torch.minimum(y1, v1) - torch.maximum(y0, v0)).clamp_min(0)
+    union = (x1 - x0)*(y1 - y0) + (u1 - u0)*(v1 - v0) - both
+    hull = (torch.maximum(x1, u1) - torch.minimum(x0, u0))*(torch.maximum(y1, v1) - torch.minimum(y0, v0))
+    return 1 - both/(union + 1e-7) + (hull - union)/(hull + 1e-7)
 
 # %% ../nbs/16_multi_task.ipynb #e740e0f1
 @capturable
@@ -88,13 +95,19 @@ def box_quality(images:ImageSet, # with boxes
     b, rows = images.boxes, []
     area = (b[:, 2:] - b[:, :2]).clamp_min(0).prod(1)
     for part, boxes in zip(images.images.split(1024), b.split(1024), strict=True):
-        s = saliency(part); at = (torch.arange(s.shape[1]) + .5)/s.shape[1]
-        column, row = ((at >= boxes[:, [i]]) & (at < boxes[:, [i + 2]]) for i in (0, 1))
+        s = saliency(part)
+        column, row = (_cells(boxes[:, [i]], boxes[:, [i + 2]], s.shape[1]) for i in (0, 1))
         inside = (row[:, :, None] & column[:, None]).float()
         rows.append((s*inside).sum((1, 2))/inside.mean((1, 2)).clamp_min(1e-9))
     t = pd.DataFrame(dict(area=area, empty=~known_boxes(b), tiny=known_boxes(b) & (area < .02), whole=area > .95, salience=torch.cat(rows)))
     t["unsalient"] = (t.salience < 1) & ~t[["empty", "tiny", "whole"]].any(axis=1)
     return t
+
+def _cells(low, high, n):
+    "Which of n cells a side (B,1) to (B,1) covers: those whose centre lies inside, or the one that it is in."
+    at = torch.arange(n)
+    inside = (at + .5 >= n*low) & (at + .5 < n*high)
+    return torch.where(inside.any(1, keepdim=True), inside, at == (n*(low + high)/2).floor().clamp_max(n - 1))
 
 def count_boxes(images:ImageSet) -> dict: # n, empty, tiny, whole, unsalient
     "How many boxes of a set have which defect, see `box_quality`."
@@ -145,7 +158,8 @@ def linear_probe(model:Classifier, # its head is not used
                 ) -> Tensor: # (len(valid),) the predicted classes
     "Logistic regression on the features of a frozen trunk ([Alain and Bengio 2016](https://arxiv.org/abs/1610.01644))."
     if not 0 <= penalty < math.inf: raise ValueError(f"penalty={penalty}: not negative")
-    if train.classes != valid.classes: raise ValueError(f"valid: its classes differ from those of the training images ({train.name}, {valid.name})")
+    if tuple(train.classes) != tuple(valid.classes):
+        raise ValueError(f"valid: its classes differ from those of the training images ({train.name}, {valid.name})")
     a, b = (trunk_features(model, s, device=device).double() for s in (train, valid))
     mean, std = a.mean(0), a.std(0).clamp_min(1e-6)
     a, b = ((v - mean)/std for v in (a, b))

@@ -158,7 +158,7 @@ def show_perturbations(images:Tensor, # uint8 (N,3,H,W), one row each
                        perturbations:list, # of `Perturbation`, one column each
                       ): # the figure
     "Images under perturbations: a row an image."
-    torch.manual_seed(0)
-    cells = [p.apply(images/255, None, None) for p in perturbations]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0); cells = [p.apply(images/255, None, None) for p in perturbations]
     titles = [labelled(p.name, p.strength, p.unit, "\n") for p in perturbations] + [""]*(len(cells)*(len(images) - 1))
     return show_images(torch.stack(cells, 1).flatten(0, 1), titles, columns=len(cells), size=0.9)

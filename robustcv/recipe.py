@@ -35,4 +35,5 @@ def mixed_loss(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     "Cross-entropy of mixed images and labels, with label smoothing 0.1."
     x, share = mix_images(batch.images, kind, alpha)
     logits = model(x).float()
-    return F.cross_entropy(logits, share @ F.one_hot(batch.labels, logits.shape[1]).to(share), label_smoothing=0.1)
+    target = share.new_zeros(logits.shape).index_add_(1, batch.labels, share) # in full precision, whatever the surrounding autocast says
+    return F.cross_entropy(logits, target, label_smoothing=0.1)

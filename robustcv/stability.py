@@ -107,9 +107,16 @@ def jpeg(x:Tensor, quality:int) -> Tensor: # 1 to 95
     return torch.stack([there_and_back(i) for i in pixels]).permute(0, 3, 1, 2).contiguous().to(x)/255
 
 def pixelate(x:Tensor, factor:float) -> Tensor: # of the side
-    "Scaled down by area and back up by repetition."
+    "Scaled down and back up by Pillow's box filter, as in the suite: each pixel goes to the one larger pixel that has its centre."
     h, w = x.shape[2:]
-    return F.interpolate(F.interpolate(x, (max(1, round(h*factor)), max(1, round(w*factor))), mode="area"), (h, w), mode="nearest")
+    rows, columns = (_boxes(max(1, int(n*factor)), n).to(x) for n in (h, w))
+    return F.interpolate(rows @ x @ columns.T, (h, w), mode="nearest-exact")
+
+def _boxes(n, many):
+    "What each of `many` pixels adds to each of n larger ones, (n, many)."
+    at, edges = torch.arange(many) + .5, torch.arange(n + 1, dtype=torch.double)[:, None]*many/n
+    inside = ((at > edges[:-1]) & (at <= edges[1:])).double()
+    return inside/inside.sum(1, keepdim=True)
 
 def rescale(x:Tensor, factor:float) -> Tensor: # of the side
     "Scaled down and back up with antialiased bilinear interpolation."

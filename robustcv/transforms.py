@@ -73,6 +73,8 @@ class Transform(nn.Module):
         "What a call does, for images and their boxes."
         check_images(x)
         if boxes is not None and boxes.shape != (len(x), 4): raise ValueError(f"boxes: expected shape ({len(x)},4), got {tuple(boxes.shape)}")
+        if boxes is not None and boxes.device.type == "cpu" and not ((boxes >= 0) & (boxes <= 1)).all():
+            raise ValueError("boxes: some coordinates lie outside of [0,1]; divide pixels by the image's width and height")
         return in_chunks(lambda *part: self._both(*part, generator), x, boxes, self.chunk)
 
     def _both(self, x, boxes, generator):
@@ -117,7 +119,7 @@ class RandomHorizontalFlip(Transform):
     def transform(self, x, flip):
         "`flip`: bool (B,)."
         if x.device.type != "cpu": return torch.where(flip.to(x.device).view(-1, 1, 1, 1), x.flip(self.dim), x)
-        some = flip.nonzero()[:, 0]
+        some = flip.nonzero()[:, 0].to(x.device)
         return x.clone().index_copy_(0, some, x.index_select(0, some).flip(self.dim))
 
     def move(self, boxes, x, flip):
@@ -260,7 +262,7 @@ class RandomAffine(Transform):
         both = lambda v: (-v, v) if isinstance(v, Number) else v
         self.degrees, self.shear = check_range("degrees", both(degrees)), check_range("shear", both(shear), -89, 89)
         self.scale, self.interpolation, self.fill = check_range("scale", scale, 1e-3), _check_interpolation(interpolation), _check_fill(fill)
-        if not isinstance(translate, (tuple, list)) or len(translate) != 2 or not all(0 <= t <= 1 for t in translate):
+        if not isinstance(translate, (tuple, list)) or len(translate) != 2 or not all(isinstance(t, Number) and 0 <= t <= 1 for t in translate):
             raise ValueError(f"translate={translate}: expected two fractions between 0 and 1, of width and height")
         self.translate = tuple(translate)
 
@@ -329,8 +331,7 @@ class RandomGaussianBlur(Transform):
                  p:float=0.5, # probability, for each image on its own
                 ):
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 != 1: raise ValueError(f"kernel_size={kernel_size}: must be odd and positive")
-        self.kernel_size, self.sigma, self.p = kernel_size, check_range("sigma", sigma, 1e-3), check_p(p)
+        self.kernel_size, self.sigma, self.p = _check_kernel(kernel_size), check_range("sigma", sigma, 1e-3), check_p(p)
 
     def draw(self, x, generator=None):
         return {"blur": uniform(len(x), 0, 1, generator) < self.p, "sigma": uniform(len(x), *self.sigma, generator)}
@@ -345,17 +346,21 @@ class RandomGaussianBlur(Transform):
 
 # %% ../nbs/02_transforms.ipynb #67f41980
 def gaussian_blur(x:Tensor, # (B,3,H,W)
-                  sigma:Tensor, # (B,) standard deviation, pixels
+                  sigma:Tensor, # (B,) standard deviation, pixels; at least 0.001, which leaves an image as it is
                   kernel_size:int=5, # odd, pixels; less than twice the image
                  ) -> Tensor: # (B,3,H,W)
     "Blur each image with a Gaussian of its own width; borders are reflected."
-    b, c, h, w = x.shape; half = kernel_size//2
+    b, c, h, w = x.shape; half = _check_kernel(kernel_size)//2
     if half >= min(h, w): raise ValueError(f"kernel_size={kernel_size}: too large for images {h}×{w}")
     if b == 0: return x
     t = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.softmax(-0.5*(t/sigma.to(x)[:, None])**2, 1).repeat_interleave(c, 0)[:, None, None]
+    kernel = torch.softmax(-0.5*(t/sigma.to(x).clamp_min(1e-3)[:, None])**2, 1).repeat_interleave(c, 0)[:, None, None]
     x = F.pad(x, (half,)*4, mode="reflect").reshape(1, b*c, h + 2*half, w + 2*half)
     return F.conv2d(F.conv2d(x, kernel, groups=b*c), kernel.transpose(2, 3), groups=b*c).view(b, c, h, w)
+
+def _check_kernel(size):
+    if not isinstance(size, int) or size < 1 or size % 2 != 1: raise ValueError(f"kernel_size={size}: must be odd and positive")
+    return size
 
 # %% ../nbs/02_transforms.ipynb #8b5aca6f
 def check_transform(t):
@@ -410,7 +415,7 @@ class PerImage(Transform):
         "`seed`: int (B,), of each image's chance; torch's global generator is left as it was."
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
             out, set_seed = [], torch.default_generator.manual_seed if x.device.type == "cpu" else torch.manual_seed # the latter sets GPUs, too
-            for image, s in zip(x, seed.tolist(), strict=True): set_seed(s); out.append(self.per_image(image))
+            for image, s in zip(x, seed.tolist(), strict=True): set_seed(s); out.append(self.per_image(image.clone()))
         return torch.stack(out).clamp(0, 1)
 
     def move(self, boxes, x, seed): return None # many of them do not say where a point goes

@@ -126,3 +126,27 @@ def test_bad_settings_name_the_argument(batch, objective, word):
 @pytest.mark.parametrize("objective", [partial(pgd_loss, steps=0), partial(trades_loss, steps=0)])
 def test_an_attack_without_steps_is_refused(batch, objective):
     with pytest.raises(ValueError, match="steps=0: at least 1"): gradients(objective, batch)
+
+def test_free_training_begins_anew_with_every_epoch_and_training():
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), torch.rand(4, 3, 4, 4), torch.tensor([0, 1, 2, 0])
+    objective, batch = FreeAdversarial(.1), Batch(x, y, None, None, 0)
+    losses = [float(objective.for_epoch(0)(model, batch, torch.Tensor.backward).detach()) for _ in range(2)] # the network stands still
+    on = float(objective(model, batch, torch.Tensor.backward).detach())
+    assert losses[0] == losses[1] < on
+
+def test_a_warm_up_tells_its_objective_of_epochs():
+    objective = FreeAdversarial(.1); objective._from = "before"
+    assert WarmUp(objective, 2).for_epoch(2) is objective and objective._from is None
+    assert WarmUp(pgd_loss, 2).for_epoch(3) is pgd_loss and WarmUp(objective, 2).for_epoch(1) is not objective
+
+def test_the_best_of_one_training_is_not_that_of_another():
+    images = ImageSet(torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8), torch.zeros(40, dtype=torch.int64), tuple("abcd"))
+    class Always(nn.Module):
+        def __init__(self, k): super().__init__(); self.w = nn.Parameter(torch.zeros(1)); self.k = k
+        def forward(self, x): return nn.functional.one_hot(torch.full((len(x),), self.k), 4).float() + self.w*x.mean((1, 2, 3))[:, None]
+    watch, right, wrong = WatchPGD(), Always(0), Always(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert watch(right, Batches(images, 20))["pgd_accuracy"] == 100 and watch(wrong, Batches(images, 20))["pgd_accuracy"] == 0
+    with pytest.raises(ValueError, match="images=0"): WatchPGD(images=0)

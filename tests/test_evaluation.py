@@ -2,6 +2,7 @@
 import math
 import warnings
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
 from robustcv.core import IMAGENET_STD, normalized
-from robustcv.data import ImageSet
+from robustcv.data import ImageSet, load_tiny_imagenet
 from robustcv.fgsm import Transferred, fgsm
 from robustcv.evaluation import (COLUMNS, TrustWarning, check_results, check_trust, compare, evaluate, pack, plot_bars, plot_confusions,
                                  plot_strength, unpack, wilson)
@@ -463,3 +464,19 @@ def test_a_model_that_returns_no_tensor_is_refused():
 
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="precision 'fp16'"): evaluate(linear(), images(), CLEAN, precision="fp16")
+
+def test_shares_are_not_taken_for_right_and_wrong():
+    with pytest.raises(ValueError, match="right or wrong, image by image"): compare(np.array([1/3, 1, 0]), np.array([1., 1, 0]))
+    assert compare(np.array([0, 1, 0]), np.array([1., 1, 0])) == compare(np.array([False, True, False]), np.array([True, True, False]))
+
+def test_inside_of_inference_mode(tiny):
+    images, model = load_tiny_imagenet(tiny, "val"), nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 4)).eval()
+    rows = [standard_perturbations()[0], Perturbation("FGSM", lambda x, y, m: fgsm(m, x, y, .1), .1, fp32=True)]
+    expected = evaluate(model, images, rows)
+    with torch.inference_mode(): found = evaluate(model, images, rows)
+    assert found.correct.tolist() == expected.correct.tolist()
+
+def test_a_picture_of_perturbations_leaves_chance_alone():
+    torch.manual_seed(123); expected = torch.rand(1); torch.manual_seed(123)
+    plt.close(show_perturbations(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [p for p in standard_perturbations() if p.name == "noise"]))
+    assert torch.rand(1).equal(expected)

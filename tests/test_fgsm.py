@@ -242,7 +242,8 @@ def test_gradient_is_autograds(net, images):
     y = torch.arange(8) % 5
     with attacking(net): g, loss, out = gradient(net, images, y)
     z = images.clone().requires_grad_(True); each = nn.functional.cross_entropy(net(z), y, reduction="none")
-    torch.testing.assert_close(g, torch.autograd.grad(each.sum(), z)[0], rtol=1e-4, atol=1e-7)
+    unit = lambda v: v/v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(unit(g), unit(torch.autograd.grad(each.sum(), z)[0]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss, each.detach()); torch.testing.assert_close(out, net(images).detach())
 
 def test_fgsm_and_pgd_are_a_peers(net, images):
@@ -347,3 +348,59 @@ def test_an_l2_radius_may_be_as_long_as_an_image():
     with pytest.raises(ValueError, match="eps=20"): pgd(net, x, torch.tensor([0, 1]), 20., norm="l2")
     for size in (math.nan, -.1, 0.):
         with pytest.raises(ValueError, match="step_size"): pgd(net, x, torch.tensor([0, 1]), .1, step_size=size)
+
+# what an attack must not take for robustness, and what it must not change
+
+class Tempered(nn.Module):
+    "Logits divided by a temperature."
+    def __init__(self, net, temperature): super().__init__(); self.net, self.temperature = net, temperature
+    def forward(self, x): return self.net(x)/self.temperature
+
+@pytest.mark.parametrize("temperature", [1., .01, .002])
+def test_a_certain_prediction_has_a_direction(images, temperature):
+    torch.manual_seed(0); line = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 5)); y = line(images).argmax(1)
+    own = nn.functional.one_hot(y, 5).bool()
+    others = (line(images).double()/temperature).masked_fill(own, -math.inf).softmax(1) # which class comes next
+    direction = (others.masked_fill(own, -1) @ line[1].weight.double()).view_as(images)
+    assert (fgsm(Tempered(line, temperature), images, y, .1) - (images + .1*direction.sign()).clamp(0, 1)).abs().gt(1e-6).float().mean() < 1e-3
+
+class Rooted(nn.Module):
+    "Finite logits whose gradient is not."
+    def __init__(self, n): super().__init__(); self.line = nn.Linear(n, 5)
+    def forward(self, x): return self.line(x.flatten(1)) + 1e-3*(x.relu()*0).sqrt().sum((1, 2, 3))[:, None]
+
+@pytest.mark.parametrize("attack", [fgsm, pgd, apgd])
+def test_a_gradient_that_is_not_finite_is_no_robustness(images, attack):
+    with pytest.raises(ValueError, match="gradient is not finite for 8 of 8 images"): attack(Rooted(images[0].numel()), images, torch.arange(8) % 5, .1)
+
+def test_what_a_network_draws_is_not_folded_away(images):
+    class Noisy(nn.Module):
+        def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5))
+        def forward(self, x): return self.net(x + .3*torch.randn(1, 3, 1, 1))
+    model = Noisy().eval(); model(images)
+    folded = fold_batchnorm(model)
+    assert not folded(images).equal(folded(images))
+
+def test_a_network_that_keeps_an_activation_can_be_copied(images):
+    class Keeps(nn.Module):
+        def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5))
+        def forward(self, x): self.last = self.net(x); return self.last
+    model = Keeps().eval(); model(images)
+    torch.testing.assert_close(fold_batchnorm(model)(images), model(images), rtol=1e-4, atol=1e-5)
+    assert model.last.requires_grad and worst_case(model, images, torch.arange(8) % 5, .01, {"FGSM": lambda m, x, y, e, g: fgsm(m, x, y, e)})[1]
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 1), (1, 3), (2,), (3, 1)])
+def test_a_radius_for_each_image_is_refused(net, images, shape):
+    with pytest.raises(ValueError, match=r"eps: a number, or one a channel"): fgsm(net, images[:3], torch.arange(3), torch.full(shape, .1))
+
+def test_inside_of_inference_mode(net, images):
+    expected = fgsm(net, images, torch.arange(8) % 5, .1)
+    with torch.inference_mode(): found = fgsm(net, images.clone(), torch.arange(8) % 5, .1)
+    assert found.equal(expected)
+
+@pytest.mark.parametrize("kwargs, said", [({"step_size": torch.full((3,), .01)}, "step_size="), ({"step_size": 0}, "step_size=0")])
+def test_bad_steps(net, images, kwargs, said):
+    with pytest.raises(ValueError, match=said): pgd(net, images, torch.arange(8) % 5, .1, **kwargs)
+
+def test_labels_in_a_list_are_named(net, images):
+    with pytest.raises(ValueError, match="labels: expected a tensor of 8 whole numbers .* got a list"): fgsm(net, images, [0]*8, .1)

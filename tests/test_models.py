@@ -302,3 +302,15 @@ def test_weights_are_known_by_their_content_and_not_by_their_name(tmp_path):
 
 def test_a_module_of_ones_own_has_no_description_to_save(tmp_path):
     with pytest.raises(ValueError, match="a Linear has no description"): save_model(nn.Linear(2, 2), tmp_path/"m.safetensors")
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 1, 32, 32), torch.zeros(3, 32, 32)],
+                         ids=["bytes", "one channel", "one image"])
+def test_what_is_no_batch_of_images_is_refused(small, x):
+    with pytest.raises(ValueError, match=r"x: expected images \(B,3,H,W\) in \[0,1\], got"): small(x)
+
+def test_a_head_that_also_gave_boxes_is_not_taken_for_one_of_more_classes(tmp_path):
+    save_model(build_model("shufflenet_v2_x0_5", 4, boxes=True), tmp_path/"m.safetensors")
+    save_model(build_model("shufflenet_v2_x0_5", 8), tmp_path/"n.safetensors")
+    head = lambda file, **kwargs: build_model("shufflenet_v2_x0_5", weights=tmp_path/file, **kwargs).net.fc.weight
+    kept = lambda file: load_model(tmp_path/file).net.fc.weight
+    assert not head("m.safetensors", num_classes=8).equal(kept("m.safetensors")) and head("n.safetensors", num_classes=8).equal(kept("n.safetensors"))

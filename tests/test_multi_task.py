@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import box_iou as all_pairs
 from torchvision.ops import generalized_box_iou
 
@@ -303,3 +304,14 @@ def test_given_and_predicted_boxes_are_drawn_with_their_overlap(model):
     fig, said = plot_boxes(model.eval(), data, 3), box_iou(predict_boxes(model, data), data.boxes)
     assert [ax.get_title() for ax in fig.axes if ax.get_title()] == [f"IoU {said[i]:.2f}" for i in (0, 2, 5)]
     assert all(len(ax.patches) == 2 for ax in fig.axes[:3])
+
+def test_the_giou_loss_reads_nothing_from_the_device():
+    with FakeTensorMode():
+        for kind in ("smooth l1", "giou"):
+            p = torch.rand(4, 4, requires_grad=True)
+            box_loss(p, torch.rand(4, 4), kind).backward()
+
+def test_a_box_between_the_cells_of_the_map_has_salience():
+    images = ImageSet(torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a",),
+                      boxes=torch.tensor([[109/224, .1, 114/224, .9]])) # no centre of 32 cells lies in its columns
+    assert box_quality(images).salience[0] > 0

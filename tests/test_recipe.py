@@ -46,3 +46,16 @@ def test_without_a_second_image_the_loss_is_the_plain_one(kind):
 @pytest.mark.parametrize("bad, message", [(dict(kind="blend"), "unknown kind of mixture 'blend'"), (dict(alpha=0.), "alpha=0.0"), (dict(alpha=-1), "alpha=-1")])
 def test_bad_arguments_are_named(bad, message):
     with pytest.raises(ValueError, match=message): mix_images(X, **bad)
+
+def test_targets_are_exact_under_autocast():
+    torch.manual_seed(0); seen = []
+    class Spy(nn.Module):
+        def forward(self, x): return torch.zeros(len(x), 3)
+    batch = Batch(torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]), None, None)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("robustcv.recipe.F.cross_entropy", lambda out, target, **kwargs: seen.append(target) or out.sum())
+        torch.manual_seed(1); share = mix_images(batch.images)[1]
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16): mixed_loss(Spy(), batch)
+    expected = torch.stack([share[:, batch.labels == k].sum(1) for k in range(3)], 1)
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-6)

@@ -1,15 +1,17 @@
 """The symmetries of the square: a group, permutations of pixels, and a network that does not see them."""
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import chisquare
 from torch import nn
+from torchvision import ops
 from torchvision.transforms.v2 import functional as tv
 
 from robustcv.core import SCALES, generator
-from robustcv.data import Batches
+from robustcv.data import Batches, load_tiny_imagenet
 from robustcv.evaluation import evaluate, measure_orbit
 from robustcv.perturbations import standard_perturbations, symmetry_perturbations
 from robustcv.experiments import scale_data
@@ -253,3 +255,44 @@ def test_the_response_of_a_stage_to_turning_images(sets):
     torch.testing.assert_close(r[0], seen[0].mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(r[0], r[2], rtol=1e-2, atol=1e-2)
     assert r.shape == (3, 64) and not torch.allclose(r[0], r[1], rtol=1e-3) and not any(m._forward_hooks for m in model.modules())
+
+def test_parts_keep_what_depends_on_the_mode(sets):
+    net = build_model("efficientnet_b0", 4).eval(); x = sets[0].images[:2]/255
+    before, after = split_at(net, "head") # traced in evaluation mode, or in training mode: it is the same
+    assert torch.allclose(after(before(x)), net(x), atol=1e-5)
+    net.train(); before, after = split_at(net, "head")
+    assert torch.allclose(after.eval()(before.eval()(x)), net.eval()(x), atol=1e-5)
+    assert any(isinstance(m, ops.StochasticDepth) for m in split_at(net, "body")[1].modules())
+
+def test_a_vision_transformer_can_be_split():
+    net = build_model("vit_b_32", 5).eval(); x = torch.rand(1, 3, 224, 224)
+    before, after = split_at(net, "head")
+    assert torch.allclose(after(before(x)), net(x), atol=1e-5)
+
+def test_the_normalisation_moves_along():
+    before, _ = split_at(build_model("resnet18", 4), "layer3")
+    assert before.double()[0].shift.dtype == torch.float64 and not [k for k in before.state_dict() if "shift" in k]
+
+def test_oblong_images_are_refused(tiny):
+    oblong = replace(load_tiny_imagenet(tiny, "val"), images=load_tiny_imagenet(tiny, "val").images[:, :, :, :24])
+    for f in (lambda: turned(oblong), lambda: fit_from(build_model("resnet18", 4), "head", oblong, oblong, Training(1, 4), device="cpu")):
+        with pytest.raises(ValueError, match="32 by 24 pixels"): f()
+
+def test_repeats_are_for_fit_alone(sets):
+    with pytest.raises(ValueError, match="replays=3"): fit_from(build_model("resnet18", 4), "head", *sets, Training(1, 4, replays=3), device="cpu")
+
+def test_averaging_leaves_every_module_in_its_mode():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train(); net[1].eval()
+    assert symmetrize(net).training and net[0].training and not net[1].training
+
+def test_networks_that_want_their_pixels_in_a_row_can_be_averaged():
+    class Rows(nn.Module):
+        def __init__(self): super().__init__(); self.line = nn.Linear(48, 2)
+        def forward(self, x): return self.line(x.view(len(x), -1))
+    assert symmetrize(Rows())(torch.rand(2, 3, 4, 4)).shape == (2, 2)
+
+def test_a_number_that_is_not_whole_is_no_element():
+    with pytest.raises(ValueError, match="element=1.0"): apply_symmetry(images(), 1.)
+
+def test_the_head_responds_too(sets):
+    assert rotation_response(build_model("resnet18", 4).eval(), sets[0].images[:2]/255, "head", [0, 90]).shape == (2, 4)

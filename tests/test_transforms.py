@@ -363,3 +363,16 @@ def test_threads_that_transform_at_once_leave_the_number_of_torch_threads_alone(
             later = threading.Thread(target=lambda: found.append(torch.get_num_threads())); later.start(); later.join()
     finally: torch.set_num_threads(usual)
     assert found == [2]*5
+
+@pytest.mark.parametrize("theirs", [v2.RandomErasing(1., inplace=True), v2.Normalize([.5]*3, [.5]*3, inplace=True)])
+def test_torchvision_s_in_place_ones_do_not_write_into_the_batch(theirs):
+    x = batch(); before = x.clone(); PerImage(theirs)(x)
+    assert x.equal(before)
+
+def test_a_blur_of_no_width_leaves_images_alone():
+    x = batch(); torch.testing.assert_close(gaussian_blur(x, torch.zeros(len(x))), x, atol=1e-6, rtol=0)
+
+@pytest.mark.parametrize("size", [4, 0, -1, 5.])
+def test_kernels_are_odd_and_whole(size):
+    for make in (lambda: gaussian_blur(batch(), torch.ones(len(batch())), size), lambda: RandomGaussianBlur(size)):
+        with pytest.raises(ValueError, match="kernel_size="): make()
