@@ -33,7 +33,7 @@ $(VENV)-bench/.installed: settings.ini setup.py pyproject.toml
 	$(call install,$(VENV)-bench,bench)
 
 demo: $(VENV)/.installed-dev # the report is an executed notebook
-	$(BIN)/robustcv demo --scale $(SCALE) --out $(OUT) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/robustcv demo --scale $(SCALE) --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

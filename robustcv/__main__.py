@@ -7,7 +7,7 @@ __all__ = ['app', 'data_app', 'command', 'get', 'synthetic', 'info', 'train', 'e
            'figures', 'claims', 'show_scoreboard', 'run_bench', 'record', 'main']
 
 # %% ../nbs/40_command_line.ipynb #333437cf
-import functools, json, os, shutil, signal, sys, textwrap, warnings
+import functools, json, os, shlex, shutil, signal, sys, textwrap, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -119,9 +119,9 @@ def train(data:Path=typer.Argument(..., help="Images: Tiny ImageNet, train/ and 
     images, valid = load_data(data, size)
     settings = Training(epochs=epochs, batch_size=min(batch_size, len(images)), lr=lr, precision=precision)
     transform = Compose(RandomHorizontalFlip(), RandomCrop(size, max(1, size//16), "reflect")) if augment else None
+    seed_everything(seed)
+    net = build_model(model, len(images.classes), pretrained, stem, weights)
     with _own_folder(out):
-        seed_everything(seed)
-        net = build_model(model, len(images.classes), pretrained, stem, weights)
         print(f"{model} on {device_name(pick_device(device))}: {len(images):,} training and {len(valid):,} validation images, {len(images.classes)} classes")
         history = fit(net, images, valid, transform=transform, config=settings, seed=seed, device=device, folder=out)
         if main_process(): save_model(net, out/"model.safetensors"); history.to_csv(out/"history.csv", index=False)
@@ -141,6 +141,7 @@ def evaluate_model(model:Path=typer.Argument(..., help="File written by `robustc
     valid = load_data(data, size or net.size or 64)[1]
     other = _read_table(against, valid.fingerprint) if against else None
     if out and out.is_dir(): raise IsADirectoryError(f"{out}: is a folder; give the name of a file")
+    if out and not next(p for p in out.absolute().parents if p.exists()).is_dir(): raise NotADirectoryError(f"{out}: lies in a file; give another name")
     if net.classes is not None and net.classes != valid.classes:
         raise ValueError(f"{model}: was trained on {len(net.classes)} classes ({', '.join(net.classes[:3])}, …); "
                          f"{data} has {len(valid.classes)} ({', '.join(valid.classes[:3])}, …)")
@@ -189,7 +190,9 @@ def run(sections:list[str]=typer.Argument(..., help=f"Some of: {', '.join(SECTIO
     if pretrained: scale = f"{scale.removesuffix('-pretrained')}-pretrained"
     names = list(SECTIONS) if "all" in sections else [choose("section", s, [*SECTIONS, "all"]) for s in sections]
     if dry_run:
-        jobs = plan(names, SCALES[choose("scale", scale, SCALES)], describe_data(*scale_data(SCALES[scale], data)), chosen, results, folder, only or None)
+        images = scale_data(SCALES[choose("scale", scale, SCALES)], data)
+        jobs = plan(names, SCALES[scale], describe_data(*images), chosen, results, folder, only or None)
+        if images[0].boxes is None: jobs = [j for j in jobs if not j.run.boxes]
         _show(show_plan(jobs)); print(_sum_up(jobs)); return
     records = run_sections(names, scale, data, chosen, results, folder, device, only or None)
     for name in dict.fromkeys(r["section"] for r in records):
@@ -255,10 +258,20 @@ def write_report(path, # HTML file to write
     return str(Path(path).resolve())
 
 # %% ../nbs/40_command_line.ipynb #593ea4c3
+_WHOLE = {"data": ("name", "classes", "train", "valid", "pixels", "synthetic", "fingerprint"), "config": ("run",),
+          "metrics": ("evaluation", "history", "train_accuracy", "valid_accuracy")}
+
+def _check_whole(record, results):
+    "Refuse a record that lacks what tables and figures are made of."
+    lacks = [f"{part}: {name}" for part, names in _WHOLE.items() for name in names if name not in record[part]]
+    if lacks: raise ValueError(f"{results}: record {record['id'][:8]} ({record['section']} / {record['name']}) lacks {', '.join(lacks)}; "
+                               "remove its line, and run it again")
+
 def _on_record(results, scale):
     "The records of a scale; of several data sets those of the first, with a warning, so that one statistic never mixes two."
     records = [r for r in load_records(results) if r["scale"] == choose("scale", scale, SCALES)]
     if not records: raise ValueError(f"{results}: no records at scale '{scale}'; make some with `robustcv run`")
+    for r in records: _check_whole(r, results)
     own = [r for r in records if r["data"]["fingerprint"] == records[0]["data"]["fingerprint"]]
     if len(own) < len(records):
         warnings.warn(f"{results}: of {len(records)} records at scale '{scale}', {len(records) - len(own)} are of other images than "
@@ -287,7 +300,7 @@ def claims(scale:str=typer.Option("lite", help=_SCALES_HELP),
     "Test the article's claims on the records.\n\nExample: `robustcv claims --scale lite --markdown`"
     records = _on_record(results, scale)
     found = ledger(records)
-    if results != Path("results"): found["comparison"] = _there(found["comparison"], scale, f"--results {results}")
+    if results != Path("results"): found["comparison"] = _there(found["comparison"], scale, f"--results {shlex.quote(str(results))}")
     if as_json: print(found.to_json(orient="records", force_ascii=False, indent=1)); return
     if as_markdown: print(markdown(found.fillna(""))); return
     print(f"{caption(records)}{_drawn(records)}")
@@ -323,6 +336,7 @@ def record(id:str=typer.Argument(..., help="The beginning of a record's id, as t
     if len(found) != 1:
         raise ValueError(f"id={id}: {len(found)} records in {results} begin so; give {'more of the id' if found else 'an id from `robustcv claims --json`'}")
     r, measured = found[0], found[0]["metrics"]
+    _check_whole(r, results)
     print(json.dumps({k: v for k, v in r.items() if k != "metrics"}, indent=1, ensure_ascii=False))
     print(json.dumps({k: v for k, v in measured.items() if k not in ("history", "evaluation", "filters")}, ensure_ascii=False))
     _show(unpack(measured["evaluation"])[COLUMNS[:8]])
@@ -336,6 +350,8 @@ def main():
     "The entry point of the command `robustcv` and of `python -m robustcv`."
     signal.signal(signal.SIGTERM, _terminate)
     if not main_process(): sys.stdout = open(os.devnull, "w") # of several, the first one speaks
+    for stream in (sys.stdout, sys.stderr): # a terminal that lacks a letter shows a question mark
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     app(prog_name="robustcv")
 
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -6,7 +6,7 @@
 __all__ = ['write_cache', 'open_cache', 'stamp', 'cache_folder']
 
 # %% ../nbs/01a_cache.ipynb #8f712723
-import hashlib, io, json, multiprocessing, os, stat, sys, warnings
+import ctypes, hashlib, io, json, multiprocessing, os, signal, stat, sys, warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ def _decode_all(files, size, part, offset, shape, workers):
     if workers == 1 or len(jobs) < 8: done = list(bar(map(_decode, jobs)))
     else:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(workers, context) as pool, warnings.catch_warnings():
+        with ProcessPoolExecutor(workers, context, _end_with_parent) as pool, warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning) # forking is safe here: the children only run PIL
             done = list(bar(pool.map(_decode, jobs)))
     errors = [e for _, es in done for e in es]
@@ -90,6 +90,11 @@ def _decode_all(files, size, part, offset, shape, workers):
         more = f"\n… and {len(errors) - 5} more" if len(errors) > 5 else ""
         raise ValueError(f"{len(errors)} of {len(files)} image files cannot be used; replace or remove them:\n" + "\n".join(errors[:5]) + more)
     return b"".join(d for ds, _ in done for d in ds)
+
+def _end_with_parent():
+    "Have Linux end this process with its parent, which has no say in it if it is killed."
+    try: ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG
+    except (AttributeError, OSError, TypeError): pass # another system
 
 # %% ../nbs/01a_cache.ipynb #f226ad2e
 def write_cache(path, # file to write
@@ -147,4 +152,4 @@ def stamp(*paths) -> dict: # path to its stamp; None: not there
 
 def cache_folder(cache=None) -> Path:
     "Where decoded sets are kept: the argument, `$ROBUSTCV_CACHE`, or `~/.cache/robustcv`."
-    return Path(cache or os.environ.get("ROBUSTCV_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))/"robustcv").expanduser()
+    return Path(cache or os.environ.get("ROBUSTCV_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")/"robustcv").expanduser()

@@ -17,7 +17,7 @@ import torch
 from scipy.stats import norm, t as student
 
 from .core import generator
-from .perturbations import ORBIT
+from .perturbations import ORBIT, attack_perturbations, labelled, standard_perturbations
 from .evaluation import wilson
 from .tables import accuracies, by_name, filters, one_setting
 from .grids import KEPT
@@ -134,7 +134,7 @@ JOINT = (
           "nor accuracy under affine transforms (here: by no more than 2 points)", "in words",
           (("baseline", "multi-task", LESS, "gap", "gap"), ("baseline", "multi-task", (-math.inf, 2.)),
            ("baseline", "multi-task", (-math.inf, 2.), AFFINE, AFFINE))),
-    Claim("C20", "multi_task", "many bounding boxes are of poor quality (here: more than 1 in 10 is empty, smaller than 2 % or larger than 95 % of the image)",
+    Claim("C20", "multi_task", "some bounding boxes are very poor (here: more than 1 in 10 is empty, smaller than 2 % or larger than 95 % of the image)",
           "“very poor on some images”", (("multi-task", "multi-task", (10., math.inf), "boxes", "boxes"),)),
     Claim("C21", "ensemble", "the ensemble of the kept models beats each member on the average over all perturbations (ours)", "not said",
           tuple((m, "ensemble", MORE, "all", "all") for m in KEPT)))
@@ -171,15 +171,17 @@ NEEDS = {"training": ("train_accuracy",), "gap": ("train_accuracy", CLEAN), "sel
          "all": (CLEAN,)} # measure to what it needs of a record
 NAMES = {TRADE_OFF: "mean of clean and noise", AUGMENTED: "augmented", AFFINE: "affine transforms", "training": "training images",
          "gap": "gap of training and validation", "all": "mean of all perturbations"}
+_UNITS = {p.name: p.unit for p in standard_perturbations() + attack_perturbations({"DenseNet-121": None})}
 
-def _place(p): return NAMES.get(p) or (p if isinstance(p, str) else " ".join(v if isinstance(v, str) else f"{v:g}" for v in p if v is not None))
+def _place(p): return NAMES.get(p) or (p if isinstance(p, str) else labelled(*p, _UNITS.get(p[0], "")))
+def _run(name): return f"({name})" if ", " in name or " + " in name else name # so that its parts are not taken for those of a difference
 
 def _label(before, after, was=CLEAN, now=CLEAN):
-    if was == "selectivity": return f"{after}: selectivity − that of random filters"
-    if was == "boxes": return "share of poor boxes"
+    if was == "selectivity": return f"{after}: selectivity − that of random filters, in hundredths"
+    if was == "boxes": return "poor boxes, in %"
     if before == after: return f"{after}: {_place(now)} − {_place(was)}"
-    if was != now: return f"{after}, {_place(now)} − {before}, {_place(was)}"
-    return f"{after} − {before}" + ("" if now == CLEAN else f", {_place(now)}")
+    if was != now: return f"{after} on {_place(now)} − {before} on {_place(was)} images"
+    return f"{_run(after)} − {_run(before)}" + ("" if now == CLEAN else f" | {_place(now)}")
 
 # %% ../nbs/21_claims.ipynb #65136b4c
 def _boxes(after, confidence):
@@ -248,40 +250,48 @@ def ledger(records:list, # of any sections, at one scale and on one data set
         found, runs = differences(c, records), by_name([r for r in records if r["section"] == c.section])
         for f, (before, after, _, *where) in zip(found, c.comparisons, strict=True):
             r, seeds, ids = runs[after][0], min(len(runs[before]), len(runs[after])), dict.fromkeys(r["id"][:8] for r in runs[before] + runs[after])
-            rows.append({**about, "comparison": f.label, "points": round(f.value, 1), "interval": f"{f.low:+.1f} to {f.high:+.1f}", "seeds": seeds,
-                         "n": r["metrics"]["boxes"]["n"] if "boxes" in where else r["data"]["valid"], "data": f"{r['data']['name']}, {r['scale']}",
+            rows.append({**about, "comparison": f.label, "points": round(f.value, 1) + 0., "interval": f"{_signed(f.low)} to {_signed(f.high)}", "seeds": seeds,
+                         "n": _sample(runs[after], where), "data": f"{r['data']['name']}, {r['scale']}",
                          "comparison verdict": f.verdict, "verdict": verdict(found), "records": " ".join(ids)})
     return pd.DataFrame(rows, dtype=object, columns=["claim", "section", "notebook", "statement", "article", "comparison", "points", "interval", "seeds", "n",
                                                      "data", "comparison verdict", "verdict", "records"])
+
+def _sample(records, where):
+    "How many images, boxes or filters a comparison rests on."
+    if "boxes" in where: return records[0]["metrics"]["boxes"]["n"]
+    return sum(r["metrics"]["filters"]["shape"][0] for r in records) if "selectivity" in where else records[0]["data"]["valid"]
 
 # %% ../nbs/21_claims.ipynb #78566fbf
 def summary(records:list, # as for `ledger`
             claims, # ids
            ) -> str: # Markdown, a list entry a claim
-    "What the article found and what the records say, claim by claim."
+    "What the article found (or, of a claim that is ours, what it would mean) and what the records say, claim by claim."
     lines = []
     for c in (CLAIMS[i] for i in claims):
         if lacks := missing(c, records): lines.append(f"- **{c.id}**, the article: {c.statement}. **Undecided**, {lacks}."); continue
         found = differences(c, records)
-        effects = "; ".join(f"{f.label}: {f.value:+.1f} ({f.low:+.1f} to {f.high:+.1f})" for f in found)
+        effects = "; ".join(map(_effect, found))
         lines.append(f"- **{c.id}**, the article: {c.statement}. We found, in points: {effects}. **{verdict(found).capitalize()}**.")
     return "\n".join(lines)
 
 def summary_table(records:list, # as for `ledger`, or at several scales, which have columns of their own
                  ) -> pd.DataFrame: # a row a claim: id, statement; effects in points (or what is not on record) and verdict, by scale
-    "The ledger in short."
+    "The ledger in short: of each claim the comparison that decides it."
     rows, scales = {c.id: {"claim": c.id, "the article": c.statement} for c in CLAIMS.values()}, list(dict.fromkeys(r["scale"] for r in records))
     for scale in scales:
         some, where = [r for r in records if r["scale"] == scale], f", {scale}" if len(scales) > 1 else ""
         for c in CLAIMS.values():
             lacks = missing(c, some); found = [] if lacks else differences(c, some)
-            rows[c.id] |= {f"we found (points){where}": _effects(found) or (lacks if len(scales) == 1 else "not on record"),
+            rows[c.id] |= {f"we found{where}": found and _decisive(found) or (lacks if len(scales) == 1 else "not on record"),
                            f"verdict{where}": verdict(found) if found or len(scales) == 1 else ""}
     return pd.DataFrame(rows.values())
 
-def _effects(found):
-    effects = [f"{f.value:+.1f}" for f in found]
-    return ", ".join(effects) if len(effects) <= 6 else f"{len(effects)} comparisons, {min(effects, key=float)} to {max(effects, key=float)}"
+def _signed(v): return f"{round(v, 1) + 0.:+.1f}" # without -0.0
+def _effect(d): return f"{d.label}: {_signed(d.value)} ({_signed(d.low)} to {_signed(d.high)})"
+
+def _decisive(found):
+    right = sum(d.verdict == "reproduced" for d in found)
+    return _effect(deciding(found)) + (f"; {right} of {len(found)} comparisons reproduced" if len(found) > 1 else "")
 
 # %% ../nbs/21_claims.ipynb #2e3d20d0
 def deciding(found:list, # differences of one claim

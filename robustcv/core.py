@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SIZES', 'SCALES', 'SCHEMA', 'RECORD_FIELDS', 'COLORS', 'choose', 'derive_seed',
            'generator', 'seed_everything', 'pick_device', 'device_name', 'out_of_memory', 'keep_freed_memory',
-           'one_thread', 'capturable', 'normalized', 'per_channel', 'Scale', 'disk_errors', 'atomic_path', 'alone_with',
-           'essence', 'run_id', 'describe', 'git_commit', 'library_versions', 'make_record', 'check_record',
-           'append_record', 'load_records', 'set_style', 'model_colors']
+           'one_thread', 'capturable', 'normalized', 'per_channel', 'Scale', 'disk_errors', 'atomic_path',
+           'temporary_folder', 'alone_with', 'essence', 'run_id', 'describe', 'git_commit', 'library_versions',
+           'make_record', 'check_record', 'append_record', 'load_records', 'set_style', 'model_colors']
 
 # %% ../nbs/00_core.ipynb #e5bf156a
-import ctypes, difflib, errno, glob, hashlib, json, math, os, platform, random, subprocess, threading, time, warnings
+import ctypes, difflib, errno, glob, hashlib, json, math, os, platform, random, shutil, subprocess, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -42,7 +42,8 @@ def derive_seed(seed:int, # the run's seed
                 *purpose, # what the generator is for: strings and numbers
                ) -> int: # 63-bit seed, the same on every machine
     "Hash a seed and a purpose into a new seed, so that purposes do not share a random stream."
-    digest = hashlib.blake2b(repr((int(seed), *purpose)).encode(), digest_size=8).digest()
+    plain = [p.item() if isinstance(p, np.generic) else p for p in purpose]
+    digest = hashlib.blake2b(repr((int(seed), *plain)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 def generator(seed:int, # the run's seed
@@ -172,8 +173,7 @@ def disk_errors(path, # what is being written
 def atomic_path(path, # the file to write
                ): # yields the temporary path to write to
     "Write a file under a temporary name and move it into place once it is complete."
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{time.monotonic_ns():x}.part")
+    path = Path(path); part = _part(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
@@ -183,14 +183,26 @@ def atomic_path(path, # the file to write
             os.replace(part, path)
         finally: part.unlink(missing_ok=True)
 
+@contextmanager
+def temporary_folder(path, # the folder that is to be
+                    ): # yields another one beside it, which is removed afterwards
+    "Where a folder is built before it is moved into place."
+    path = Path(path); part = _part(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path); part.mkdir()
+    try: yield part
+    finally: shutil.rmtree(part, ignore_errors=True)
+
+def _part(path): return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{time.monotonic_ns():x}.part")
+
 _HOST = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 def _sweep(path):
-    "Remove what killed processes of this machine left of attempts to write a file."
+    "Remove what killed processes of this machine left of attempts to write a file, or a folder."
     if os.name != "posix": return # where there is no harmless signal
     for part in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}-*-*.part"):
         try: os.kill(int(part.name.rsplit("-", 2)[1]), 0)
-        except ProcessLookupError: part.unlink(missing_ok=True)
+        except ProcessLookupError: shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
         except (OSError, ValueError): pass # somebody else's, who is alive
 
 # %% ../nbs/00_core.ipynb #fac78555
@@ -290,7 +302,8 @@ def check_record(record, # what a line of a record file held
         raise ValueError(f"{where}: schema {record.get('schema')!r}, this version of robustcv reads schema {SCHEMA}: rerun, or upgrade robustcv")
     for field, kind in RECORD_FIELDS.items():
         if not isinstance(record.get(field), kind): raise ValueError(f"{where}: field '{field}' is missing or has the wrong type")
-    for i, row in enumerate(record["metrics"].get("evaluation", ())): _check_row(row, f"{where}: metrics, evaluation, row {i + 1}")
+    if not isinstance(rows := record["metrics"].get("evaluation", []), list): raise ValueError(f"{where}: metrics, evaluation is no list")
+    for i, row in enumerate(rows): _check_row(row, f"{where}: metrics, evaluation, row {i + 1}")
     return record
 
 def _check_row(row, where):
@@ -346,8 +359,9 @@ def set_style():
                   rc={"figure.dpi": 90, "savefig.bbox": "tight", "savefig.dpi": 110, "axes.titlesize": "medium"})
 
 COLORS = {"baseline": ".5", "plain": ".5", "ResNet-18, not augmented": ".5", "flip + crop": "C0", "ResNet-18": "C0", "E": "C1", "FE": "C2", "FCE": "C4",
-          "data": "#882255", "adversarial data": "#882255", "objective": "C3", "adversarial objective": "C3", "PGD": "C8", "AugMix": "C9",
-          "α = 0.01": "#332288", "stability": "#332288", "two phases": "#999933", "symmetry": "#999933", "ensemble": ".15"} # of models in several figures
+          "data": "#882255", "adversarial data": "#882255", "objective": "C3", "adversarial objective": "C3", "PGD": "C5", "TRADES": "#117733",
+          "FGSM-RS": "#44AA99", "free": "#AA4499", "data, least likely, ε drawn": "#661100", "AugMix, no JSD": "C9", "α = 0.01": "#332288",
+          "stability": "#332288", "two phases": "#999933", "symmetry": "#999933", "ensemble": ".15"} # of models in several figures
 
 def model_colors(names) -> dict: # name to a matplotlib colour
     "The colours of models: those of `COLORS`, and for other names what the palette has left, in order."

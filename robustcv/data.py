@@ -169,15 +169,17 @@ def _scan_tiny(root, split, resized=False):
     sizes = [_pixels(f) for f in (files if resized else files[:1])]
     return list(map(str, files)), np.array(labels, np.int64), _fractions(boxes, np.array(sizes, np.float32), resized), meta
 
+_LISTS = ("wnids.txt", "words.txt", "synthetic.json") # of the classes, their names, and of what the images are
+
 def _pixels(file):
     "Width and height; 1 and 1 where decoding will say what is wrong."
     try:
         with Image.open(file) as im: return im.size
-    except OSError: return 1, 1
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError): return 1, 1
 
 # %% ../nbs/01_data.ipynb #2ebbc32c
 def _rows_train(root, wnids):
-    rows, stamps = [], stamp(root/"wnids.txt")
+    rows, stamps = [], stamp(*(root/f for f in _LISTS))
     for label, w in enumerate(wnids):
         folder, file = root/"train"/w/"images", root/"train"/w/f"{w}_boxes.txt"
         if not folder.is_dir(): raise FileNotFoundError(f"{folder}: missing, though wnids.txt lists {w}; unpack the archive again")
@@ -190,7 +192,7 @@ def _rows_train(root, wnids):
 def _rows_val(root, wnids):
     file, folder = root/"val"/"val_annotations.txt", root/"val"/"images"
     if not folder.is_dir(): raise FileNotFoundError(f"{folder}: missing; unpack the archive again")
-    stamps = stamp(root/"wnids.txt", file, folder)
+    stamps = stamp(*(root/f for f in _LISTS), file, folder)
     label, here, rows = {w: i for i, w in enumerate(wnids)}, set(os.listdir(folder)), []
     for f, (w, box) in _read_boxes(file, 6).items():
         if w not in label: raise ValueError(f"{file}: class {w} of {f} is not in wnids.txt")
@@ -220,17 +222,25 @@ def _scan_folder(root):
     classes = sorted(d for d in os.listdir(root) if (root/d).is_dir() and not d.startswith("."))
     if not classes: raise FileNotFoundError(f"{root}: no class folders; expected one sub-folder a class, with the images in it")
     files, labels = [], []
-    stamps = stamp(root, *(Path(folder) for c in classes for folder, _, _ in os.walk(root/c))) # a class may be a link to a folder
+    stamps = stamp(root, *(Path(folder) for c in classes for folder, _ in _walk(root/c)))
     for label, c in enumerate(classes):
         before = len(files)
-        for folder, subs, names in os.walk(root/c):
-            subs.sort()
+        for folder, names in _walk(root/c):
             new = [os.path.join(folder, f) for f in sorted(names) if os.path.splitext(f)[1].lower() in EXTENSIONS and not f.startswith(".")]
             files += new; labels += [label]*len(new)
         if len(files) == before:
             raise ValueError(f"{root/c}: class '{c}' has no image ({', '.join(sorted(EXTENSIONS))}); add some or remove the folder")
     meta = {"classes": classes, "synthetic": False, "stamp": {str(p.relative_to(root)): s for p, s in stamps.items()}}
     return files, np.array(labels, np.int64), None, meta
+
+def _walk(folder):
+    "A folder and those inside of it, in order, each once, with the names in it: through links, but not into hidden ones."
+    def refuse(e): raise PermissionError(e.errno, f"cannot read {e.filename}: {e.strerror}; give yourself the right to, or move it away")
+    seen = set()
+    for here, subs, names in os.walk(folder, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(here)) in seen: subs.clear(); continue
+        seen.add(real); subs[:] = sorted(s for s in subs if not s.startswith("."))
+        yield here, names
 
 def load_folder(root, # folder with one sub-folder a class
                 size:int|None=None, # resize the shorter side to `size` pixels and crop the centre; None: all have one size already
@@ -257,7 +267,7 @@ def load_data(path, # Tiny ImageNet, a folder with train/ and val/ (or valid/, v
         except ValueError: # such as images of several sizes
             if size is None: raise
         else:
-            if size in (None, pair[0].images.shape[-1]): return pair # one cache serves both spellings
+            if size is None or all(s.images.shape[2:] == (size, size) for s in pair): return pair # one cache serves both spellings
         return tuple(load_tiny_imagenet(path, s, size=size, **kwargs) for s in ("train", "val"))
     for val in ("val", "valid", "validation"):
         if (path/"train").is_dir() and (path/val).is_dir():

@@ -6,12 +6,13 @@
 __all__ = ['TINY_URL', 'TINY_SIZE', 'TINY_MD5', 'download', 'unpack_zip', 'download_tiny_imagenet']
 
 # %% ../nbs/07_download.ipynb #877df694
-import errno, hashlib, http.client, lzma, os, stat, struct, tempfile, urllib.error, urllib.request, zipfile, zlib
+import errno, hashlib, http.client, lzma, os, stat, struct, urllib.error, urllib.request, zipfile, zlib
 from pathlib import Path, PurePosixPath
 
+from filelock import FileLock
 from tqdm.auto import tqdm
 
-from .core import disk_errors
+from .core import disk_errors, temporary_folder
 
 # %% ../nbs/07_download.ipynb #86e27fd3
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -69,11 +70,11 @@ def unpack_zip(archive, # zip file
               ):
     "Unpack safely and atomically: everything, or nothing and a `ValueError`."
     dest = Path(dest)
-    with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as tmp:
+    with temporary_folder(dest) as tmp:
         try: _unpack(archive, tmp, top, limit)
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error) as e: # RuntimeError: encrypted, or an unknown method
             raise ValueError(f"{archive}: not a sound zip archive ({e}); remove it and run again") from None
-        os.rename(Path(tmp)/top, dest)
+        os.rename(tmp/top, dest)
 
 def _unpack(archive, folder, top, limit):
     with zipfile.ZipFile(archive) as z:
@@ -93,10 +94,13 @@ def download_tiny_imagenet(root, # folder to put `tiny-imagenet-200` into
     "Fetch and unpack Tiny ImageNet, unless it is there already."
     root = Path(root).expanduser(); dest = root/"tiny-imagenet-200"
     if (dest/"wnids.txt").is_file(): return dest
-    if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-        raise FileExistsError(f"{dest}: there already, but without wnids.txt; remove or rename it, or choose another folder")
     with disk_errors(root):
-        archive = download(url, root/"tiny-imagenet-200.zip", size, md5)
-        unpack_zip(archive, dest, "tiny-imagenet-200")
-    archive.unlink()
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock := root/".tiny-imagenet-200.lock"): # of several processes, one fetches
+            if (dest/"wnids.txt").is_file(): return dest
+            if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+                raise FileExistsError(f"{dest}: there already, but without wnids.txt; remove or rename it, or choose another folder")
+            archive = download(url, root/"tiny-imagenet-200.zip", size, md5)
+            unpack_zip(archive, dest, "tiny-imagenet-200")
+            archive.unlink(); lock.unlink(missing_ok=True) # whoever still waits finds the set
     return dest

@@ -336,9 +336,9 @@ def plot_confusions(table:pd.DataFrame, # an evaluation with its column `predict
     for c, p in zip(counts, pair, strict=True): np.add.at(c, (y, p.predicted.iloc[0]), 1)
     change = 100*(counts[1] - counts[0])/np.maximum(1, np.bincount(y, minlength=k))[:, None]
     rows = np.argsort(change.diagonal())[:worst]
-    columns = sorted(set(rows) | {int(change[r].argmax()) for r in rows})
+    columns = list(dict.fromkeys([*map(int, rows), *(int(change[r].argmax()) for r in rows)]))
     ax = ax or plt.subplots(figsize=(1.5 + .6*len(columns), .8 + .4*len(rows)))[1]
-    sns.heatmap(change[np.ix_(rows, columns)], cmap="vlag_r", center=0, annot=True, fmt=".0f", ax=ax, cbar_kws={"label": "change (points)"},
+    sns.heatmap(change[np.ix_(rows, columns)], cmap="vlag", center=0, annot=True, fmt=".0f", ax=ax, cbar_kws={"label": "change (points)"},
                 xticklabels=[names[c] for c in columns], yticklabels=[images.classes[r] for r in rows], annot_kws={"size": 8})
     ax.set(xlabel="predicted", ylabel="true", title=f"{labelled(perturbation, strength, pair[1].unit.iloc[0])}: change of the predictions")
     ax.tick_params(axis="x", rotation=45)

@@ -32,7 +32,7 @@ from .grids import KEPT, SECTIONS, Run, find_run
 from .models import build_model, first_conv, load_model, save_model
 from .multi_task import count_boxes, degrade_boxes
 from .synthetic import make_synthetic
-from .training import fit, join_processes, main_process, wait_for_all
+from .training import agreed, fit, join_processes, main_process, wait_for_all
 
 # %% ../nbs/20_experiments.ipynb #9205fe49
 EXTRA = {"color_jitter": color_perturbations, "random_erase": erase_perturbations, "stability": stability_perturbations, "symmetry": symmetry_perturbations,
@@ -104,9 +104,9 @@ def network(run:Run, seed:int, at:Setting) -> tuple: # `Classifier` in evaluatio
     "The network of a run and how it learnt: found, or trained now; an ensemble learns nothing itself."
     if run.members: return Ensemble({" / ".join(m): _network_of(*m, seed, at) for m in run.members}), pd.DataFrame()
     where = _home(run, at.scale, seed, at.about, at.folder)
-    if not _is_trained(where):
+    if agreed(not _is_trained(where)): # some processes may be here before others
         with alone_with(where.parent/".locks"/where.name):
-            if not _is_trained(where): _train_and_keep(run, seed, at, where)
+            if agreed(not _is_trained(where)): _train_and_keep(run, seed, at, where)
     try: history = pd.DataFrame(json.loads((where/"history.json").read_text()))
     except ValueError as e: raise ValueError(f"{where/'history.json'}: damaged ({e}); remove the folder {where} to train that network again") from None
     if history.empty: raise ValueError(f"{where/'history.json'}: empty; remove the folder {where} to train that network again")
@@ -263,7 +263,7 @@ def plan(sections:list, # names of sections
         ) -> list: # of `Job`
     "What a grid of runs consists of, and how far it has come."
     records = [r for r in load_records(results) if r["scale"] == scale.name]
-    done, there, jobs, seeds = {r["id"] for r in records}, set(), [], scale.seeds if seeds is None else list(seeds)
+    done, there, jobs, seeds = {r["id"] for r in records}, set(), [], scale.seeds if seeds is None else [int(s) for s in seeds]
     for run, seed in ((r, s) for r in _chosen(sections, names) for s in seeds):
         config, id = _identity(run, scale, seed, about)
         lacks = _lacking(run, seed, scale, about, folder) - there

@@ -18,7 +18,8 @@ from .core import derive_seed, generator, pick_device
 from .data import Batches, ImageSet
 from .models import Classifier, evaluating
 from .symmetry import RandomSymmetry, check_sides, orbit_features, split_at, symmetrize, turned
-from .training import PAUSE, Checkpoint, Training, _check_fit, _one_cycle, _signature, autocast, cross_entropy, fit, not_finite, probe_images
+from .training import (PAUSE, Checkpoint, Training, _check_fit, _one_cycle, _signature, autocast, cross_entropy, fit, main_process, not_finite,
+                               probe_images)
 
 # %% ../nbs/04a_features.ipynb #44bf1b20
 @torch.no_grad()
@@ -58,7 +59,8 @@ def fit_from(model:Classifier, # trained in place, from a stage on
     what = f"features before {first}{', pooled' if pooled else ''}"
     checkpoint = Checkpoint(folder, model, run.optimizer, run.schedule, folder and _signature(model, train, valid, cross_entropy, what, config, seed), PAUSE)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for epoch in range(checkpoint.load(), config.epochs): checkpoint.save(run.epoch(epoch))
+        for epoch in range(checkpoint.load(), config.epochs):
+            checkpoint.save(run.epoch(epoch), main_process(), last=epoch + 1 == config.epochs)
     if config.keep == "best": model.load_state_dict(checkpoint.best)
     model.eval()
     return pd.DataFrame(checkpoint.history)

@@ -101,13 +101,13 @@ def adversarial() -> list[Run]:
 
 # %% ../nbs/19_grids.ipynb #a2244db5
 def stable() -> list[Run]:
-    "Stability training over its weight (at 0, noisy copies only pass through batch normalisation) and its noise; noise as an augmentation; AugMix."
+    "Stability training over its weight (at 0, noisy copies only pass through batch normalisation) and its noise; noise, and AugMix, as augmentations."
     augment = baseline()[0].transform
     weights = {f"α = {a:g}": partial(stability_loss, alpha=a) for a in (0., .001, .01, .1, 1.)}
     noises = {f"σ = {s:g}": partial(stability_loss, std=normalized(s)) for s in (.05, .2, .4)}
     return [Run("stability", "baseline", transform=augment), *[Run("stability", n, transform=augment, objective=o) for n, o in (weights | noises).items()],
             *[Run("stability", f"noise {s:g}", transform=Compose(augment, RandomNoise(normalized(s)))) for s in (.1, .4)],
-            Run("stability", "AugMix", transform=Compose(augment, PerImage(v2.AugMix())))]
+            Run("stability", "AugMix, no JSD", transform=Compose(augment, PerImage(v2.AugMix())))]
 
 def symmetric() -> list[Run]:
     "The upright baseline, retrained from each stage on."
@@ -139,7 +139,7 @@ def together() -> list[Run]:
 def strongest() -> list[Run]:
     "Networks of other sections that claim to be robust, under all that can be held against them; the ensemble, too."
     others = {"baseline": ("baseline", "flip + crop"), **KEPT, "adversarial objective": ("adversarial_training", "objective"),
-              "PGD": ("adversarial_training", "PGD"), "TRADES": ("adversarial_training", "TRADES"), "AugMix": ("stability", "AugMix")}
+              "PGD": ("adversarial_training", "PGD"), "TRADES": ("adversarial_training", "TRADES"), "AugMix, no JSD": ("stability", "AugMix, no JSD")}
     source = (("fgsm", "DenseNet-121"),)
     return [*[replace(find_run(*m), section="robustness", name=n, sources=source) for n, m in others.items()],
             Run("robustness", "ensemble", members=tuple(KEPT.values()), sources=source)]

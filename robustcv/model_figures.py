@@ -17,6 +17,7 @@ from .core import Scale, normalized, set_style
 from .data import ImageSet, show_images
 from .evaluation import spread_over
 from .experiments import describe_data, scale_data, trained_model
+from .figures import under
 from .fgsm import attacking, gradient
 from .multi_task import box_iou, box_quality, predict_boxes
 from .perturbations import show_perturbations, standard_perturbations
@@ -87,7 +88,7 @@ def plot_worst_boxes(images:ImageSet, # with boxes
 
 # %% ../nbs/22a_model_figures.ipynb #dbba32fb
 def _model_figures(get, train, valid):
-    "Name and function of each picture that needs images, and mostly networks, too."
+    "Name, function and caption of each picture that needs images, and mostly networks, too."
     def example():
         model, x = get("fgsm", "ResNet-18"), valid.images/255
         with torch.no_grad(): right = torch.cat([model(b).argmax(1) for b in x.split(256)]) == valid.labels
@@ -95,9 +96,15 @@ def _model_figures(get, train, valid):
         few = [int((right & (valid.labels == k)).nonzero()[0]) for k in classes if (right & (valid.labels == k)).any()]
         return plot_example(model, x[few], valid.labels[few], valid.classes)
     def response(): return plot_response({n: get("symmetry", n) for n in ("baseline", "layer 2+", "all")}, spread_over(valid, 64).images/255)
-    boxes = {"multi_task-{}-boxes": lambda: plot_boxes(get("multi_task", "multi-task"), valid), "multi_task-{}-worst": lambda: plot_worst_boxes(train)}
     def perturbed(): return show_perturbations(spread_over(valid, 4).images, standard_perturbations()[::2])
-    return {"baseline-{}-examples": perturbed, "fgsm-{}-example": example, "symmetry-{}-response": response, **(boxes if train.boxes is not None else {})}
+    yield "baseline-{}-examples", perturbed, "validation images"
+    yield "fgsm-{}-example", example, "validation images that ResNet-18, seed 0, has right; what it says of them, and how sure it is; ε in normalised units"
+    yield "symmetry-{}-response", response, "64 validation images; seed 0"
+    if train.boxes is None: return
+    yield ("multi_task-{}-boxes", lambda: plot_boxes(get("multi_task", "multi-task"), valid),
+           "validation images; yellow: given boxes, blue: those of multi-task, seed 0")
+    yield ("multi_task-{}-worst", lambda: plot_worst_boxes(train),
+           "training images; tiny boxes and boxes of the whole image, with their share of the area; the least salient boxes")
 
 # %% ../nbs/22a_model_figures.ipynb #28cae03d
 def draw_models(scale:Scale, data, # the scale, and the folder of its images
@@ -110,9 +117,10 @@ def draw_models(scale:Scale, data, # the scale, and the folder of its images
     train, valid = scale_data(scale, data, **kwargs)
     get, files = partial(trained_model, scale=scale, about=describe_data(train, valid), folder=runs), []
     set_style(); Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, draw in _model_figures(get, train, valid).items():
+    for name, draw, text in _model_figures(get, train, valid):
         try: fig = draw()
         except (FileNotFoundError, ValueError) as e: warnings.warn(f"{name.format(scale.name)} is left out: {e}", stacklevel=2); continue
         files.append(Path(folder)/f"{name.format(scale.name)}.png")
+        under(fig, f"scale {scale.name}: {train.name}, {len(train.classes)} classes; {text}")
         fig.savefig(files[-1]); plt.close(fig)
     return files

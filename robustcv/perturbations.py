@@ -49,7 +49,7 @@ def occlude(x:Tensor, side:float, at:tuple=(.5, .5)) -> Tensor:
 UNITS = {"degrees counter-clockwise": "{:g}°", "degrees": "{:g}°", "turns": "{:+g} turns", "factor": "× {:g}",
          "standard deviation, normalised": "σ = {:g} norm.", "standard deviation, pixels in [0,1]": "σ = {:g}", "σ, pixels": "σ = {:g} px",
          "half width, pixels in [0,1]": "± {:g}", "share of the values": "{:g} of the values", "of the side": "{:g} of the side",
-         "side of the square / image": "{:g} of the side", "quality": "quality {:g}", "severity": "severity {:g}", "ε, normalised": "ε = {:g}",
+         "side of the square / image": "{:g} of the side", "quality": "quality {:g}", "severity": "severity {:g}", "ε, normalised": "ε = {:g} norm.",
          "L2 radius, pixels in [0,1]": "radius {:g}", "intersection over union, at least": "IoU ≥ {:g}"} # of strengths, in short
 
 def labelled(name:str, # of a perturbation
@@ -58,7 +58,8 @@ def labelled(name:str, # of a perturbation
              between:str=" ", # name and strength
             ) -> str:
     "What axes and tables call a perturbation: its name, strength and unit."
-    return name if strength is None or math.isnan(strength) else f"{name}{between}{UNITS.get(unit, '{:g}').format(strength)}"
+    if strength is None or math.isnan(strength): return name
+    return name + between + (UNITS[unit].format(strength) if unit in UNITS else f"{strength:g} {unit}".strip())
 
 # %% ../nbs/08_perturbations.ipynb #07a18166
 def standard_perturbations() -> list[Perturbation]:

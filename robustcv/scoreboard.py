@@ -13,24 +13,29 @@ import pandas as pd
 
 from .core import choose
 from .perturbations import standard_perturbations
+from .comparisons import shares_right
 from .tables import accuracies, by_name, network_id, one_setting, only_member
 from .grids import SECTIONS
 
 # %% ../nbs/23_scoreboard.ipynb #e581bf12
 FAMILIES = {"clean": ("clean",), "orientation": ("rotation", "horizontal flip", "vertical flip"), "noise": ("noise, article", "noise"),
             **{n: (n,) for n in ("blur", "occlusion", "brightness", "contrast", "saturation", "hue")}} # of standard perturbations
-FURTHER = {"JPEG": "JPEG .*", "corruptions": "corruption: .*", "affine": "affine: .*", "FGSM, transferred": r"FGSM from .* 0\.2", "FGSM": r"FGSM 0\.2",
-           "PGD-20": "PGD-20 .*", "strong attacks": "strong attacks .*", "certified": r"certified 0\.09"} # of others: what their name and strength look like
+FURTHER = {"JPEG": "JPEG .*", "corruptions": "corruption: .*", "affine": "affine: .*", "FGSM, transferred": r"FGSM from DenseNet-121 0\.2",
+           "FGSM": r"FGSM 0\.2", "PGD-20": "PGD-20 .*", "strong attacks": "strong attacks .*", "certified": r"certified 0\.09"} # of others
 
-def _by_family(record):
-    "Mean accuracy by family, in %; NaN where one of its standard perturbations, or all of the others, were not measured."
-    by = accuracies(record)
+def _families(records):
+    "The conditions of each family: the standard perturbations, and of others those that all records share that have any."
     standard = [(p.name, None if math.isnan(p.strength) else p.strength) for p in standard_perturbations()]
-    means = {family: np.mean([by.get(p, np.nan) for p in standard if p[0] in names]) for family, names in FAMILIES.items()}
+    families = {family: [p for p in standard if p[0] in names] for family, names in FAMILIES.items()}
     for family, pattern in FURTHER.items():
-        own = [v for (name, strength), v in by.items() if re.fullmatch(pattern, f"{name} {strength}")]
-        means[family] = np.mean(own) if own else np.nan
-    return means
+        own = [{c for c in accuracies(r) if re.fullmatch(pattern, f"{c[0]} {c[1]}")} for r in records]
+        families[family] = sorted(set.intersection(*some), key=str) if (some := [c for c in own if c]) else []
+    return families
+
+def _by_family(record, families):
+    "Mean accuracy by family, in %; NaN where one of its conditions was not measured."
+    by = accuracies(record)
+    return {family: np.mean([by.get(c, np.nan) for c in conditions]) if conditions else np.nan for family, conditions in families.items()}
 
 # %% ../nbs/23_scoreboard.ipynb #7a6e60a6
 def _label(record): return f"{record['section']} / {record['name']}"
@@ -42,6 +47,15 @@ def _networks(records):
         if only_member(r) is None: rows[_label(r)] = first.setdefault(network_id(r), _label(r))
     return [rows.get(_label(r) if (m := only_member(r)) is None else " / ".join(m), _label(r)) for r in records]
 
+def _of_one_training(records):
+    "Of the records of a network with one seed those that look at the same weights: of trainings that differ, the one of which most is known."
+    trainings = []
+    for r in records: # trained again, by other code or on another machine, a network answers differently about many images
+        own = next((t for t in trainings if np.mean(shares_right(t[0]) != shares_right(r)) < .02), None)
+        if own is None: trainings.append([r])
+        else: own.append(r)
+    return max(trainings, key=lambda t: len(set().union(*map(accuracies, t))))
+
 def scoreboard(records:list, # of any sections, at one scale and on one data set
                runs=None, # "section / name" of each; None: all, a row a network, named after the first section that has it
               ) -> pd.DataFrame: # a row a run: accuracy in % by family, NaN where not measured; mean and worst of the standard families that every run has
@@ -51,7 +65,9 @@ def scoreboard(records:list, # of any sections, at one scale and on one data set
     kept = known if runs is None else [r for n in runs for r in known if _label(r) == choose("run", n, dict.fromkeys(map(_label, known)))]
     if not kept: raise ValueError("runs: none is named")
     rows = _networks(kept) if runs is None else map(_label, kept)
-    t = pd.DataFrame([{"run": row, "seed": r["seed"], **_by_family(r)} for row, r in zip(rows, kept, strict=True)])
+    networks, families = {}, _families(kept)
+    for row, r in zip(rows, kept, strict=True): networks.setdefault((row, r["seed"]), []).append(r)
+    t = pd.DataFrame([{"run": row, "seed": seed, **_by_family(r, families)} for (row, seed), rs in networks.items() for r in _of_one_training(rs)])
     t = t.groupby(["run", "seed"], sort=False).first().groupby("run", sort=False).mean() # of one network, what any section has measured
     t = t[[f for f in t if f in FAMILIES or t[f].notna().any()]]
     shared = t[[f for f in FAMILIES if t[f].notna().all()]]
@@ -68,12 +84,12 @@ def plot_scoreboard(frame:pd.DataFrame, # from `scoreboard`
                 cbar_kws={"label": "accuracy (%)", "shrink": min(1., 10/len(frame)), "anchor": (0, 1)},
                 xticklabels=False, yticklabels=False) # drawn below: it would try them out upright, for which there is no room
     ax.set_facecolor(".9"); ax.grid(False); ax.axvline(frame.shape[1] - 2, color="w", lw=6)
-    sections = [label.split(" / ")[0] for label in frame.index]
+    sections, names = [label.split(" / ")[0] for label in frame.index], _short(frame)
     for y in range(1, len(sections)):
         if sections[y] != sections[y - 1]: ax.axhline(y, color="w", lw=2.5)
     ax.xaxis.tick_top(); ax.tick_params(length=0, labelsize=8)
     ax.set_xticks(np.arange(frame.shape[1]) + .5, frame.columns, rotation=40, ha="left", rotation_mode="anchor")
-    ax.set_yticks(np.arange(len(frame)) + .5, frame.index)
+    ax.set_yticks(np.arange(len(frame)) + .5, names)
     ax.set_xlabel("blank: not measured" if frame.isna().any(axis=None) else "", fontsize=8); ax.set_ylabel("")
     return ax
 
@@ -82,7 +98,8 @@ def as_text(frame:pd.DataFrame, # from `scoreboard`
             records:list=(), # that it was made of, all of one section: the seeds of each row get a column
            ) -> pd.DataFrame: # of strings, with the run as a column, for `markdown`
     "The scoreboard's numbers with one digit, blank where not measured; the section goes where all rows share it."
-    text = frame.map(lambda v: "" if math.isnan(v) else f"{v:.1f}").rename_axis("run").reset_index()
-    if len({r.split(" / ")[0] for r in frame.index}) == 1: text["run"] = text["run"].str.split(" / ").str[-1]
-    if records: text.insert(1, "seeds", [", ".join(str(r["seed"]) for r in by_name(records)[n]) for n in text["run"]])
+    text = frame.map(lambda v: "" if math.isnan(v) else f"{v:.1f}").rename_axis("run").reset_index().assign(run=_short(frame))
+    if records: text.insert(1, "which seeds", [", ".join(str(r["seed"]) for r in by_name(records)[n]) for n in text["run"]])
     return text
+
+def _short(frame): return [r.split(" / ")[-1] for r in frame.index] if len({r.split(" / ")[0] for r in frame.index}) == 1 else list(frame.index)

@@ -6,12 +6,13 @@
 __all__ = ['make_synthetic']
 
 # %% ../nbs/06_synthetic.ipynb #41f30c37
-import json, os, tempfile
+import json, os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from .core import temporary_folder
 from .drawing import CLASSES, draw_image
 
 # %% ../nbs/06_synthetic.ipynb #6a894588
@@ -103,8 +104,8 @@ def make_synthetic(dest, # folder to create, in the layout of `tiny-imagenet-200
     config,dest = {**{k: int(v) for k,v in config.items()}, 'version': _VERSION},Path(dest).expanduser()
     if _is_there(dest, config): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f'.{dest.name}-') as tmp:
-        tree = Path(tmp)/'tree'
+    with temporary_folder(dest) as tmp:
+        tree = tmp/'tree'
         tree.mkdir()
         _write_tree(tree, config)
         _move(tree, dest, config)

@@ -65,24 +65,31 @@ def basis(records:list) -> str:
     seeds = Counter((x["section"], x["name"]) for x in records).values()
     seeds = " to ".join(str(n) for n in sorted({min(seeds), max(seeds)})) + (" seeds" if max(seeds) > 1 else " seed")
     what = f"{d['name']}{' (drawn images: no evidence about natural ones)' if d['synthetic'] else ''}"
-    precision = "; ".join([f"accuracies to {_up_to(d['valid'])} points or better, 95 %", *_fewer(records)])
+    precision = "; ".join([f"95 % interval of an accuracy: {_up_to(d['valid'])} points at most", *_fewer(records)])
     return f"scale {r['scale']}: {what}, {d['classes']} classes; n = {d['valid']:,} validation images ({precision}); {seeds}"
+
+def _or(several):
+    *first, last = [*several] or [""]
+    return ", ".join(first) + (" or " if first else "") + last
 
 def _up_to(n): low, high = wilson(n//2, n); return f"± {50*(high - low):.1f}"
 
 def _fewer(records):
     "What was measured on fewer images than there are."
-    few = {(e["n"], e["perturbation"]) for r in records for e in r["metrics"]["evaluation"]
-           if e["n"] < r["data"]["valid"] and not e["perturbation"].startswith("linear probe")} # which has images of its own
-    return [f"{', '.join(sorted(p for m, p in few if m == n))}: n = {n:,}, {_up_to(n)}" for n in sorted({m for m, _ in few}, reverse=True)]
+    sizes, groups = {}, {}
+    for e in (e for r in records for e in r["metrics"]["evaluation"]): sizes.setdefault(e["perturbation"], set()).add(e["n"])
+    for name, n in sorted(sizes.items()):
+        if min(n) < records[0]["data"]["valid"] and not name.startswith("linear probe"): # which has images of its own
+            groups.setdefault(tuple(sorted(n, reverse=True)), []).append(name)
+    return [f"{', '.join(names)}: n = {_or(f'{m:,}' for m in n)}, {_up_to(n[-1])}" for n, names in sorted(groups.items(), reverse=True)]
 
 def caption(records:list) -> str:
     "One line that says what a table or figure of these records rests on."
-    r, d = records[0], one_setting(records)[0]["data"]
-    epochs = ", ".join(str(n) for n in sorted({len(x["metrics"]["history"]) for x in records if x["metrics"]["history"]}))
-    commits = sorted({x["commit"] for x in records})
+    d = one_setting(records)[0]["data"]
+    epochs = _or(str(n) for n in sorted({len(x["metrics"]["history"]) for x in records if x["metrics"]["history"]}))
+    commits, devices = sorted({x["commit"] for x in records}), dict.fromkeys(x["device"].replace(", 1 threads", ", 1 thread") for x in records)
     return (f"{basis(records)}; {d['train']:,} training images of {d['pixels']} pixels{f', {epochs} epochs' if epochs else ''}; "
-            f"{r['device']}; {'commit ' + ', '.join(commits) if len(commits) < 4 else f'{len(commits)} commits'}")
+            f"{_or(devices)}; {'commit ' + ', '.join(commits) if len(commits) < 4 else f'{len(commits)} commits'}")
 
 # %% ../nbs/18_tables.ipynb #1e06e38c
 def markdown(frame:pd.DataFrame) -> str:
@@ -111,10 +118,12 @@ def corruption_table(records:list, # of the section `stability`
     runs, rows = {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}, []
     if baseline not in runs: raise ValueError(f"baseline='{baseline}': is not on record; there are {', '.join(runs)}")
     corrupted = {n: t[t.perturbation.str.startswith("corruption: ")] for n, t in runs.items()}
+    shared = set.intersection(*(set(t.perturbation) for t in corrupted.values())) # like is compared with like
+    corrupted = {n: t[t.perturbation.isin(shared)] for n, t in corrupted.items()}
     errors = {n: (100 - t.accuracy).groupby(t.perturbation).mean() for n, t in corrupted.items()}
     for n, t in runs.items():
         mean, low, high = mean_interval(100*np.mean(np.stack(corrupted[n].hits.to_list()).astype(float), 0))
-        rows.append({"model": n, "clean": f"{t.accuracy.iloc[0]:.1f}", "mean corruption accuracy": f"{mean:.1f} ± {(high - low)/2:.1f}",
+        rows.append({"model": n, "clean": f"{t.accuracy.iloc[0]:.1f}", "mean corruption accuracy": f"{mean:.1f} ({low:.1f} to {high:.1f})",
                      "mean corruption error": f"{100*(errors[n]/errors[baseline]).mean():.0f}"})
     return pd.DataFrame(rows)
 
@@ -173,7 +182,7 @@ def member_table(records:list, # of the section `ensemble`
         if f"without {n}" not in each: continue # not on record
         others = each[f"without {n}"]
         gain, low, high = mean_interval(100*(each["ensemble"] - others))
-        rows[-1] |= {"others without it": round(100*others.mean(), 1), "contributes": f"{gain:+.1f} ± {(high - low)/2:.1f}"}
+        rows[-1] |= {"others without it": round(100*others.mean(), 1), "contributes": f"{gain:+.1f} ({low:+.1f} to {high:+.1f})"}
     whole = {"member": "all together", "clean": round(runs["ensemble"].accuracy.iloc[0], 1), "mean": round(100*each["ensemble"].mean(), 1)}
     return pd.DataFrame([*rows, whole]).astype(object).fillna("")
 

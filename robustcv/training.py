@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAUSE', 'cross_entropy', 'Training', 'autocast', 'at_a_time', 'accuracy', 'Checkpoint', 'not_finite', 'probe_images',
-           'main_process', 'wait_for_all', 'join_processes', 'fit', 'plot_history']
+           'main_process', 'agreed', 'wait_for_all', 'join_processes', 'fit', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #525f5714
 import atexit, gc, hashlib, io, json, math, os, time
@@ -66,7 +66,9 @@ def autocast(device:torch.device, # where the model computes
             ) -> torch.autocast:
     "The autocast context for a precision on a device."
     choose("precision", precision, ["auto", "bf16", "fp32"])
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    if device.type == "cuda":
+        with torch.cuda.device(device): fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else: fast = _cpu_has_bf16()
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and fast))
 
 def _cpu_has_bf16():
@@ -136,10 +138,12 @@ class Checkpoint:
 
 # %% ../nbs/04_training.ipynb #72e19bee
 def _passes(run, objective, batch):
-    "Forward and backward; returns the loss, still on the device."
-    with autocast(run.device, run.config.precision): loss = objective(run.parallel, batch, run.backward)
-    run.backward(loss)
-    return loss.detach().float()
+    "Forward and backward; returns the loss, still on the device. Of several processes, those with one image more count for more."
+    weight = len(batch.labels)*run.batches.world/run.config.batch_size
+    backward = run.backward if weight == 1 else lambda loss: run.backward(weight*loss)
+    with autocast(run.device, run.config.precision): loss = objective(run.parallel, batch, backward)
+    backward(loss)
+    return weight*loss.detach().float()
 
 def _step(run, batch):
     "One update; returns the loss, as `_passes` does."
@@ -343,6 +347,12 @@ def main_process() -> bool:
     "Whether this process is the one that writes and speaks: the only one, or the first of several."
     return int(os.environ.get("RANK", 0)) == 0 # as every launcher sets it
 
+def agreed(value):
+    "The first process's value, in all of those that train together."
+    if not (dist.is_available() and dist.is_initialized()): return value
+    dist.broadcast_object_list(said := [value], 0)
+    return said[0]
+
 def wait_for_all():
     "Where several processes train together, wait until all of them are here."
     if dist.is_available() and dist.is_initialized(): dist.barrier()
@@ -394,5 +404,6 @@ def plot_history(histories:dict, # name to the data frame that `fit` returns
         ax.plot(h["epoch"], h["valid_accuracy"], color=colors[name], marker="o", markersize=3, label=name)
         ax.plot(h["epoch"], h["train_accuracy"], color=colors[name], linestyle="--", alpha=.7)
     ax.set(xlabel="epoch", ylabel="accuracy (%)", title="solid: validation, dashed: training (not augmented)")
-    ax.xaxis.get_major_locator().set_params(integer=True); ax.legend()
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(fontsize=8, **(dict(loc="upper left", bbox_to_anchor=(1, 1), frameon=False) if len(histories) > 2 else {}))
     return ax

@@ -359,8 +359,8 @@ def gaussian_blur(x:Tensor, # (B,3,H,W)
     return F.conv2d(F.conv2d(x, kernel, groups=b*c), kernel.transpose(2, 3), groups=b*c).view(b, c, h, w)
 
 def _check_kernel(size):
-    if not isinstance(size, int) or size < 1 or size % 2 != 1: raise ValueError(f"kernel_size={size}: must be odd and positive")
-    return size
+    if isinstance(size, int) and size > 0 and size % 2: return size
+    raise ValueError(f"kernel_size={size}: must be odd and positive")
 
 # %% ../nbs/02_transforms.ipynb #8b5aca6f
 def check_transform(t):
@@ -389,9 +389,8 @@ class Pad(Transform):
     def __init__(self,
                  padding:int, # pixels
                 ):
-        super().__init__()
+        super().__init__(); self.padding = padding
         if not isinstance(padding, int) or padding < 0: raise ValueError(f"padding={padding}: must be a whole number of pixels, not negative")
-        self.padding = padding
 
     def transform(self, x): return F.pad(x, (self.padding,)*4)
 

@@ -92,7 +92,7 @@ def test_where_two_perturbations_meet_both_spreads_count():
 def test_labels_say_what_is_compared():
     noise, records = ("noise", .1), [made(n, hits(.5), under={("noise", .1): hits(.4)}) for n in "ab"]
     said = [d.label for d in differences(claim(("a", "b", MORE), ("a", "b", MORE, noise, noise), ("a", "a", LESS, CLEAN, noise)), records)]
-    assert len(set(said)) == 3 and said[0] == "b − a" and "noise 0.1" in said[1] and "clean" in said[2] and "noise 0.1" in said[2]
+    assert len(set(said)) == 3 and said[0] == "b − a" and "noise σ = 0.1" in said[1] and "clean" in said[2] and "noise σ = 0.1" in said[2]
 
 def test_all_runs_that_are_missing_are_named_with_the_command_that_makes_them():
     needy = claim(("nobody", "b", MORE), ("a", "E, zero", MORE), ("E, zero", "nobody", MORE, CLEAN, ("fog", .5)))
@@ -103,7 +103,7 @@ def test_all_that_was_not_measured_is_named_with_its_run():
     fog, blur = ("fog", .5), ("blur", 30.)
     some = [made("a", hits(.5), s, under={fog: hits(.4)} if s else {fog: hits(.4), blur: hits(.4)}) for s in range(2)] + [made("b", hits(.5))]
     needy = claim(("a", "b", MORE, (CLEAN, fog, blur), (CLEAN, fog, blur)), ("b", "nobody", MORE, "boxes", "boxes"))
-    assert missing(needy, some) == ("not on record: nobody; blur 30 of a; fog 0.5, blur 30, boxes of b: "
+    assert missing(needy, some) == ("not on record: nobody; blur σ = 30 px of a; fog 0.5, blur σ = 30 px, boxes of b: "
                                      "`robustcv run s --only 'nobody' --only 'a' --only 'b' --scale lite`, "
                                     "once the records of a; b are removed")
 
@@ -134,10 +134,10 @@ def test_two_scales_share_no_statistic_and_stand_side_by_side(monkeypatch):
     for f in (ledger, lambda r: summary(r, ["X"]), plot_claims):
         with pytest.raises(ValueError, match="records of 2 settings cannot share a statistic"): f([*RECORDS, *whole])
     both, (one, other) = summary_table([*RECORDS, *whole]), (summary_table(rs) for rs in (RECORDS, whole))
-    assert list(both) == ["claim", "the article", "we found (points), lite", "verdict, lite", "we found (points), full", "verdict, full"]
-    assert both["we found (points), lite"].tolist() == one["we found (points)"].tolist() and both["verdict, full"].tolist() == ["contradicted", ""]
-    assert both["we found (points), full"].tolist() == [other["we found (points)"][0], "not on record"]
-    assert other["we found (points)"][1].startswith("not on record: c: `robustcv run")
+    assert list(both) == ["claim", "the article", "we found, lite", "verdict, lite", "we found, full", "verdict, full"]
+    assert both["we found, lite"].tolist() == one["we found"].tolist() and both["verdict, full"].tolist() == ["contradicted", ""]
+    assert both["we found, full"].tolist() == [other["we found"][0], "not on record"]
+    assert other["we found"][1].startswith("not on record: c: `robustcv run")
 
 # ledger, summary, picture
 
@@ -200,11 +200,22 @@ def test_the_summary_tells_effects_and_verdicts(three):
 def test_the_short_ledger_has_a_row_a_claim(three, monkeypatch):
     monkeypatch.setitem(claims.CLAIMS, "many", claim(*[("a", "b", MORE)]*4, *[("b", "a", LESS)]*4, id="many"))
     rows = claims.summary_table(three).set_index("claim")
-    found, effects = {i: differences(claims.CLAIMS[i], three) for i in rows.index if i != "missing"}, rows["we found (points)"]
+    found, effects = {i: differences(claims.CLAIMS[i], three) for i in rows.index if i != "missing"}, rows["we found"]
     assert list(rows.index) == ["true", "false", "open", "missing", "many"] and [rows.verdict[i] for i in found] == [verdict(ds) for ds in found.values()]
     assert rows.verdict["missing"] == "undecided" and effects["missing"].startswith("not on record: nobody: `robustcv run s")
-    values = {i: [f"{d.value:+.1f}" for d in ds] for i, ds in found.items()}
-    assert effects["true"] == ", ".join(values["true"]) and effects["many"] == f"8 comparisons, {values['many'][-1]} to {values['many'][0]}"
+    for i, ds in found.items():
+        d, right = deciding(ds), sum(d.verdict == "reproduced" for d in ds)
+        assert effects[i].startswith(f"{d.label}: {d.value:+.1f} ({d.low:+.1f} to {d.high:+.1f})"), effects[i]
+        assert effects[i].endswith(f"; {right} of {len(ds)} comparisons reproduced") == (len(ds) > 1)
+
+def test_names_of_several_parts_are_not_taken_for_differences():
+    names = "E, mean", "flip + crop"
+    d, = differences(claim((*names, MORE)), [made(n, hits(.5)) for n in names])
+    assert d.label == "(flip + crop) − (E, mean)"
+
+def test_the_ledger_counts_what_a_comparison_rests_on():
+    records = [made(n, hits(.5, s), s, "symmetry", filters=torch.randn(64, 3, 7, 7)) for n in ("baseline", "layer 2+") for s in range(2)]
+    assert ledger(records, ["C18"]).n.tolist() == [128]
 
 def test_the_picture_shows_every_comparison_on_record(three):
     ax, found = plot_claims(three), [d for i in ("true", "false", "open") for d in differences(claims.CLAIMS[i], three)]
@@ -302,7 +313,7 @@ def test_the_gap_combines_training_and_validation_and_its_own_spread(seeds):
     assert df == 2*(seeds - 1) and (sd > 0) == (seeds > 1)
     more = student.ppf(.975, df)*sd*math.sqrt(2/seeds) if df else 0.
     assert (found.value, found.low, found.high) == pytest.approx((value, value - math.hypot(down, more), value + math.hypot(up, more)))
-    assert found.label == "multi-task − baseline, gap of training and validation"
+    assert found.label == "multi-task − baseline | gap of training and validation"
 
 def test_the_gap_is_the_difference_of_the_gaps():
     a, b = made("a", np.arange(N) < 100, training=90.), made("b", np.arange(N) < 120, training=80.)
@@ -334,7 +345,7 @@ def test_the_share_of_poor_boxes_has_wilson_s_interval(whole, expected):
     d, = differences(CLAIMS["C20"], with_boxes(gap_records(3), whole=whole))
     assert (d.value, d.low, d.high) == pytest.approx((5 + whole/10, *(100*v for v in wilson(50 + whole, 1000)))), "seeds share the boxes"
     assert d.verdict == expected
-    assert d.label == "share of poor boxes" and ledger(with_boxes(gap_records()), ["C20"]).n.tolist() == [1000]
+    assert d.label == "poor boxes, in %" and ledger(with_boxes(gap_records()), ["C20"]).n.tolist() == [1000]
 
 def test_the_confidence_of_the_boxes_is_that_of_the_claim():
     two = Claim("X", "multi_task", "", "", tuple(("multi-task", "multi-task", region, "boxes", "boxes") for region in ((10., math.inf), LESS)))
@@ -349,7 +360,7 @@ def test_all_is_what_both_were_measured_under_on_all_images():
     change = 50*((hits(.6, 7)*1. + hits(.5, 8)) - (hits(.5, 1)*1. + hits(.3, 2)))
     half = norm.ppf(.975)*change.std(ddof=1)/math.sqrt(N)
     assert (d.value, d.low, d.high) == pytest.approx((change.mean(), change.mean() - half, change.mean() + half))
-    assert d.label == "b − a, mean of all perturbations"
+    assert d.label == "b − a | mean of all perturbations"
 
 def test_all_leaves_out_what_a_seed_was_not_measured_under():
     fog = ("fog", 1.)
@@ -372,7 +383,7 @@ def test_multi_task_learning_has_three_ways_to_fail(gap, clean, affine, expected
     def run(name, training, right, turned):
         return made(name, np.arange(2000) < 10*right, section="multi_task", training=training, under={p: np.arange(2000) < 10*turned for p in AFFINE})
     found = differences(CLAIMS["C19"], [run("baseline", 90., 100, 60), run("multi-task", gap, clean, affine)])
-    assert verdict(found) == expected and found[2].label == "multi-task − baseline, affine transforms" and len(AFFINE) == 8
+    assert verdict(found) == expected and found[2].label == "multi-task − baseline | affine transforms" and len(AFFINE) == 8
 
 @pytest.mark.parametrize("kernels, expected", [("gratings", "reproduced"), ("random", "undecided"), ("round", "contradicted")])
 def test_selective_filters_are_told_from_random_ones(kernels, expected):

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,3 +248,12 @@ def test_what_is_wrong_with_a_comparison_is_said_before_anything_is_measured(tmp
     monkeypatch.setattr("robustcv.__main__.evaluate", None)
     assert "typo.json: no such table" in call("evaluate", out / "model.safetensors", data, "--against", tmp_path / "typo.json", code=1)
     assert "is a folder; give the name of a file" in call("evaluate", out / "model.safetensors", data, "--out", tmp_path, code=1)
+
+@pytest.mark.parametrize("part, field", [("data", "name"), ("config", "run"), ("metrics", "evaluation"), ("metrics", "train_accuracy")])
+@pytest.mark.parametrize("command", ["claims", "scoreboard", "figures"])
+def test_a_record_that_lacks_something_is_named(tmp_path, part, field, command):
+    record = load_records(Path(__file__).parent.parent/"results"/"baseline.jsonl")[0]
+    record = {**record, part: {k: v for k, v in record[part].items() if k != field}}
+    (tmp_path/"baseline.jsonl").write_text(json.dumps(record) + "\n")
+    done = CliRunner().invoke(app, [command, "--scale", record["scale"], "--results", str(tmp_path)])
+    assert done.exit_code == 1 and record["id"][:8] in done.output and f"{part}: {field}" in done.output.replace("\n", " ")

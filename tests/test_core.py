@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -18,7 +19,7 @@ from torch import nn
 
 from robustcv import core
 from robustcv.core import (COLORS, IMAGENET_STD, SCALES, append_record, atomic_path, check_record, choose, derive_seed, describe, generator, load_records,
-                           make_record, model_colors, normalized, pick_device, run_id, seed_everything)
+                           make_record, model_colors, normalized, pick_device, run_id, seed_everything, temporary_folder)
 
 BASE = make_record("baseline", "plain", "smoke", {"lr": 0.1}, 0, {"fingerprint": "abc"}, torch.device("cpu"), 1.5, {"accuracy": 0.5})
 
@@ -265,3 +266,18 @@ def test_a_damaged_measurement_is_named_by_file_line_and_row(tmp_path, row, said
 def test_a_disk_error_says_what_helps(number, remedy):
     with pytest.raises(OSError, match=remedy):
         with core.disk_errors("file"): raise OSError(number, "no")
+
+def test_a_folder_in_the_making_is_removed_and_so_is_what_a_killed_process_left(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout.strip()
+    left = core._part(tmp_path/"set"); left = left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{dead}-")); (left/"inside").mkdir(parents=True)
+    with temporary_folder(tmp_path/"set") as part:
+        assert part.is_dir() and part.parent == tmp_path and not left.exists()
+        (part/"file").write_text("x")
+    assert not list(tmp_path.iterdir())
+
+def test_numbers_of_numpy_are_numbers(): assert derive_seed(0, np.float64(.1), np.int64(3)) == derive_seed(0, .1, 3)
+
+@pytest.mark.parametrize("rows", [None, 3, {}])
+def test_measurements_are_a_list(rows):
+    record = make_record("s", "a", "smoke", {}, 0, {"fingerprint": "f"}, torch.device("cpu"), 1., {"evaluation": rows})
+    with pytest.raises(ValueError, match="evaluation is no list"): check_record(json.loads(json.dumps(record)))

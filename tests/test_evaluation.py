@@ -47,7 +47,7 @@ def test_every_strength_has_a_unit_in_short():
     assert all(p.unit in UNITS for p in everything if not math.isnan(p.strength))
     said = {labelled(p.name, p.strength, p.unit) for p in STANDARD}
     assert {"clean", "rotation 90°", "noise σ = 0.15", "blur σ = 2 px", "occlusion 0.4 of the side", "contrast × 1.5", "hue -0.25 turns"} <= said
-    assert labelled("mine", None) == "mine" and labelled("mine", 3., "of another kind") == "mine 3"
+    assert labelled("mine", None) == "mine" and labelled("mine", 3., "of another kind") == "mine 3 of another kind" and labelled("mine", 3.) == "mine 3"
 
 
 # evaluations

@@ -407,3 +407,35 @@ def test_pixels_of_an_unknown_range_are_refused(tmp_path, cache, mode):
     write_tree(tmp_path/"d", ("a/0.png", "b/0.png"))
     Image.fromarray(np.ones((16, 16), np.float32 if mode == "F" else np.int32)).save(tmp_path/"d"/"a"/"1.tif")
     with pytest.raises(ValueError, match=rf"1.tif: not a readable image \(its pixels have mode '{mode}'"): load_folder(tmp_path/"d", cache=cache)
+
+# what a folder may hold besides
+
+def test_hidden_folders_are_left_out_and_linked_ones_are_followed(tmp_path):
+    root, away = write_tree(tmp_path/"in"), write_tree(tmp_path/"away", ["0.png", "more/1.png"])
+    write_tree(root, ["a/.thumbnails/0.png"]); (root/"b"/"linked").symlink_to(away); (away/"round").symlink_to(away)
+    assert load_folder(root).labels.tolist() == [0, 0, 1, 1, 1]
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    root, walk = write_tree(tmp_path/"in", ["a/0.png", "a/sub/1.png", "b/0.png"]), os.scandir
+    def refuse(path):
+        if Path(path).name == "sub": raise PermissionError(13, "Permission denied", str(path))
+        return walk(path)
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(PermissionError, match="cannot read .*sub"): load_folder(root)
+
+@pytest.mark.parametrize("name", ["words.txt", "synthetic.json"])
+def test_names_and_origin_that_change_are_noticed(official, cache, name):
+    before = load_tiny_imagenet(official, cache=cache)
+    (official/name).rename(official/"aside"); without = load_tiny_imagenet(official, cache=cache)
+    assert without.classes != before.classes if name == "words.txt" else before.synthetic and not without.synthetic
+    (official/"aside").rename(official/name); again = load_tiny_imagenet(official, cache=cache)
+    assert again.classes == before.classes and again.synthetic
+
+def test_oblong_images_are_made_square_where_a_size_is_asked_for(official, cache):
+    for file in official.rglob("*.JPEG"): Image.open(file).resize((32, 48)).save(file)
+    for s in load_data(official, 32, cache=cache): assert s.images.shape[2:] == (32, 32)
+
+def test_a_header_that_promises_too_many_pixels_is_named(official, cache):
+    file = next(official.rglob("*.JPEG")); content = file.read_bytes(); at = content.index(b"\xff\xc0")
+    file.write_bytes(content[:at + 5] + b"\xff\xff\xff\xff" + content[at + 9:])
+    with pytest.raises(ValueError, match=file.name): load_tiny_imagenet(official, cache=cache, size=16)

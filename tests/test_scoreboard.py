@@ -63,7 +63,7 @@ def test_strengths_beyond_the_standard_ones_do_not_count():
 def test_further_families_are_means_of_what_was_measured_and_no_part_of_mean_and_worst():
     also = [(("JPEG", 80.), 10.), (("JPEG", 10.), 20.), (("corruption: fog", 1.), 1.), (("corruption: jpeg", 5.), 4.),
             (("affine: shear", 15.), 7.), (("affine: scale", .75), 9.),
-            (("FGSM from A", .2), 30.), (("FGSM from B, not augmented", .2), 20.), (("FGSM from A", .1), 90.), (("FGSM", .2), 6.),
+            (("FGSM from DenseNet-121", .2), 25.), (("FGSM from B, not augmented", .2), 20.), (("FGSM from DenseNet-121", .1), 90.), (("FGSM", .2), 6.),
             (("FGSM", .05), 80.), (("PGD-20", .2), 5.), (("strong attacks", .2), 3.), (("random signs", .2), 0.)]
     t = scoreboard([made("all", under=more(also=also)), made("plain", under=more())])
     assert list(t) == [*SIZES, "JPEG", "corruptions", "affine", "FGSM, transferred", "FGSM", "PGD-20", "strong attacks", "mean", "worst"]
@@ -96,7 +96,7 @@ def test_a_network_that_several_sections_measure_has_one_row_with_all_that_they_
     again = {"config": {"run": {"section": "stability", "name": "baseline", "model": "resnet18", "sources": [["a", "b"]], "members": []},
                         "training": {"lr": .1}}}
     other = {"config": {"run": {"section": "stability", "name": "α = 1", "model": "resnet18", "objective": "f"}, "training": {"lr": .1}}}
-    records = [made("α = 1", "stability") | other, made("baseline", "stability", under=more(also=[(("JPEG", 30.), 40.)])) | again,
+    records = [made("α = 1", "stability") | other, made("baseline", "stability", under=more(also=[(("JPEG", 30.), 40.), (("clean", None), 10.)])) | again,
                made("plain", start=10) | alike, made("plain", seed=1, start=20) | alike]
     board = scoreboard(records)
     assert board.index.tolist() == ["baseline / plain", "stability / α = 1"] and board.JPEG.tolist()[0] == 40 and np.isnan(board.JPEG.iloc[1])
@@ -107,12 +107,23 @@ def test_a_network_that_several_sections_measure_has_one_row_with_all_that_they_
 def test_an_ensemble_of_one_is_its_member():
     of = lambda *members: {"config": {"run": {"section": "ensemble", "members": [list(m) for m in members]}}}
     seen = [made("E", "random_erase"), made("E", "random_erase", 1), made("FE", "random_erase")]
-    one, both = made("E", "ensemble", under=more(also=[(("JPEG", 30.), 40.)])) | of(("random_erase", "E")), \
+    one, both = made("E", "ensemble", under=more(also=[(("JPEG", 30.), 40.), (("clean", None), 0.)])) | of(("random_erase", "E")), \
         made("ensemble", "ensemble") | of(("random_erase", "E"), ("random_erase", "FE"))
     board = scoreboard([*seen, one, both])
     assert board.index.tolist() == ["random_erase / E", "random_erase / FE", "ensemble / ensemble"] and board.JPEG.iloc[0] == 40
     assert board["clean"].iloc[0] == scoreboard(seen)["clean"].iloc[0], "as its own section has measured it"
     assert scoreboard([one, both]).index.tolist() == ["ensemble / E", "ensemble / ensemble"], "of which nothing else is on record"
+
+def test_of_two_trainings_of_a_network_the_row_has_the_one_that_more_is_known_of():
+    alike = dict(config={"run": {"section": "baseline", "name": "plain", "model": "resnet18"}, "training": {"lr": .1}})
+    again = {"config": {"run": {"section": "stability", "name": "baseline", "model": "resnet18"}, "training": {"lr": .1}}}
+    other = made("baseline", "stability", under=more(also=[(("JPEG", 30.), 40.)])) | again # 50 % on clean images
+    row = scoreboard([made("plain", start=10) | alike, other, made("plain", seed=1, start=20) | alike])
+    assert row.index.tolist() == ["baseline / plain"] and row["clean"].iloc[0] == (50 + 20)/2 and row.JPEG.iloc[0] == 40
+
+def test_a_family_is_made_of_what_all_were_measured_under():
+    both = [made(n, under=more(also=[(("corruption: fog", 1.), k), *rest])) for n, k, rest in (("a", 10., []), ("b", 20., [(("corruption: jpeg", 1.), 90.)]))]
+    assert scoreboard([*both, made("c", under=more())]).corruptions.tolist()[:2] == [10, 20]
 
 def test_rows_are_told_apart_as_the_folders_of_networks_are():
     scale, about, runs = SCALES["lite"], dict(fingerprint="f"), [r for runs in SECTIONS.values() for r in runs()]
@@ -160,7 +171,7 @@ def test_the_heat_map_shows_numbers_blanks_and_sections():
     plt.close("all")
 
 def test_labels_are_inside_of_the_picture():
-    some = [more(also=[(("FGSM from A", .2), 1.)]), more()]
+    some = [more(also=[(("FGSM from DenseNet-121", .2), 1.)]), more()]
     t = scoreboard([made(f"a rather long name, number {k}", "adversarial_training", under=some[k % 2]) for k in range(41)])
     for part in (t[1:2], t):
         fig = plot_scoreboard(part).figure
