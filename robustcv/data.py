@@ -310,7 +310,7 @@ class Batches:
                  rank:int=0, world:int=1, # this process's number, and how many there are
                 ):
         if batch_size < world: raise ValueError(f"batch_size={batch_size}: must be at least 1 for each of {world} process(es)")
-        if drop_last and len(data) < batch_size: raise ValueError(f"batch_size={batch_size}: {data.name} has only {len(data)} images")
+        if drop_last and len(data) < batch_size: raise ValueError(f"batch_size={batch_size}: {data.name} has only {len(data)} images; use a smaller one")
         self.data, self.batch_size, self.shuffle, self.drop_last, self.seed = data, batch_size, shuffle, drop_last, seed
         self.device, self.rank, self.world = torch.device(device), rank, world
         place = partial(Tensor.to, device=self.device)

@@ -86,7 +86,7 @@ _BLACK,_WHITE = (25, 22, 28),(250, 248, 240)
 
 def _color(rng,
            hue=(0., 1.), # turns of the colour circle
-           sat=(.5, .9), # 0 is grey
+           sat=(.5, .9), # 0 is gray
            val=(.5, .95), # 0 is black
           ): # RGB, 0 to 255
     "A random colour from a range of each of hue, saturation and value"

@@ -87,23 +87,23 @@ def plot_worst_boxes(images:ImageSet, # with boxes
     return show_images(images.images[at], titles, columns=each, boxes=images.boxes[at])
 
 # %% ../nbs/22a_model_figures.ipynb #dbba32fb
-def _model_figures(get, train, valid):
-    "Name, function and caption of each picture that needs images, and mostly networks, too."
-    def example():
+def _model_figures(train, valid):
+    "Name, function and caption of each picture that needs images, and mostly networks, too, which `get(section, name)` gives."
+    def example(get):
         model, x = get("fgsm", "ResNet-18"), valid.images/255
         with torch.no_grad(): right = torch.cat([model(b).argmax(1) for b in x.split(256)]) == valid.labels
         classes = range(0, len(valid.classes), max(1, len(valid.classes)//4))
         few = [int((right & (valid.labels == k)).nonzero()[0]) for k in classes if (right & (valid.labels == k)).any()]
         return plot_example(model, x[few], valid.labels[few], valid.classes)
-    def response(): return plot_response({n: get("symmetry", n) for n in ("baseline", "layer 2+", "all")}, spread_over(valid, 64).images/255)
-    def perturbed(): return show_perturbations(spread_over(valid, 4).images, standard_perturbations()[::2])
+    def response(get): return plot_response({n: get("symmetry", n) for n in ("baseline", "layer 2+", "all")}, spread_over(valid, 64).images/255)
+    def perturbed(get): return show_perturbations(spread_over(valid, 4).images, standard_perturbations()[::2])
     yield "baseline-{}-examples", perturbed, "validation images"
-    yield "fgsm-{}-example", example, "validation images that ResNet-18, seed 0, has right; what it says of them, and how sure it is; ε in normalised units"
-    yield "symmetry-{}-response", response, "64 validation images; seed 0"
+    yield "fgsm-{}-example", example, "validation images that ResNet-18, seed {seed}, has right; what it says of them, how sure it is; ε in normalised units"
+    yield "symmetry-{}-response", response, "64 validation images; seed {seed}"
     if train.boxes is None: return
-    yield ("multi_task-{}-boxes", lambda: plot_boxes(get("multi_task", "multi-task"), valid),
-           "validation images; yellow: given boxes, blue: those of multi-task, seed 0")
-    yield ("multi_task-{}-worst", lambda: plot_worst_boxes(train),
+    yield ("multi_task-{}-boxes", lambda get: plot_boxes(get("multi_task", "multi-task"), valid),
+           "validation images; yellow: given boxes, blue: those of multi-task, seed {seed}")
+    yield ("multi_task-{}-worst", lambda get: plot_worst_boxes(train),
            "training images; tiny boxes and boxes of the whole image, with their share of the area; the least salient boxes")
 
 # %% ../nbs/22a_model_figures.ipynb #28cae03d
@@ -117,10 +117,18 @@ def draw_models(scale:Scale, data, # the scale, and the folder of its images
     train, valid = scale_data(scale, data, **kwargs)
     get, files = partial(trained_model, scale=scale, about=describe_data(train, valid), folder=runs), []
     set_style(); Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, draw, text in _model_figures(get, train, valid):
-        try: fig = draw()
+    for name, draw, text in _model_figures(train, valid):
+        try: fig, seed = _of_first_seed(draw, get, scale.seeds)
         except (FileNotFoundError, ValueError) as e: warnings.warn(f"{name.format(scale.name)} is left out: {e}", stacklevel=2); continue
         files.append(Path(folder)/f"{name.format(scale.name)}.png")
-        under(fig, f"scale {scale.name}: {train.name}, {len(train.classes)} classes; {text}")
+        under(fig, f"scale {scale.name}: {train.name}, {len(train.classes)} classes; {text.format(seed=seed)}")
         fig.savefig(files[-1]); plt.close(fig)
     return files
+
+def _of_first_seed(draw, get, seeds):
+    "A picture of the first seed whose networks are there, and that seed; if none has them all, what the first lacks."
+    lacks = None
+    for seed in seeds:
+        try: return draw(partial(get, seed=seed)), seed
+        except FileNotFoundError as e: lacks = lacks or e
+    raise lacks

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import socket
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -53,11 +54,13 @@ def learnt(objective, config=CONFIG, folder=None):
     return history[["loss", "lr", "train_accuracy", "valid_accuracy"]].to_numpy(), [v.detach().double().numpy() for v in model.state_dict().values()]
 
 
+@pytest.mark.parametrize("batch_size", [8, 9]) # equal shares, and one of 5 images beside one of 4
 @pytest.mark.parametrize("objective", [cross_entropy, at.adversarial_loss, partial(at.adversarial_loss, alpha=.3, eps=.1)])
-def test_two_processes_learn_what_one_does(objective):
+def test_two_processes_learn_what_one_does(objective, batch_size):
     "Up to rounding: sums of 4 and 4 terms in float32 in place of 8, over 12 steps."
-    (history, weights), (other, same) = launched(lambda: learnt(objective))
-    one, alone = learnt(objective)
+    config = replace(CONFIG, batch_size=batch_size)
+    (history, weights), (other, same) = launched(lambda: learnt(objective, config))
+    one, alone = learnt(objective, config)
     assert history[:, 0] == pytest.approx(one[:, 0], rel=1e-4) and (history[:, 1:] == one[:, 1:]).all() and (history == other).all()
     assert all(abs(a - b).max() < 1e-4 for a, b in zip(weights, alone, strict=True)) and all((a == b).all() for a, b in zip(weights, same, strict=True))
 
