@@ -350,8 +350,8 @@ def main():
     "The entry point of the command `robustcv` and of `python -m robustcv`."
     signal.signal(signal.SIGTERM, _terminate)
     if not main_process(): sys.stdout = open(os.devnull, "w") # of several, the first one speaks
-    for stream in (sys.stdout, sys.stderr): # a terminal that lacks a letter shows a question mark
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"): # a terminal that lacks a letter shows a question mark; files get all of them
+        sys.stdout.reconfigure(**({"errors": "replace"} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     app(prog_name="robustcv")
 
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -20,10 +20,10 @@ from .core import atomic_path
 
 # %% ../nbs/01a_cache.ipynb #c0e979d3
 def _plain_jpeg(content):
-    "Decode a JPEG of at most a million pixels to RGB (3,H,W); None for all that needs a second look: other files, damaged ones, Exif data, four colours."
+    "Decode a JPEG of at most a million pixels to RGB (3,H,W); None for all that needs a second look: other files, damaged ones, metadata, four colours."
     at = 2 if content[:2] == b"\xff\xd8" else len(content)
     while content[at:at+1] == b"\xff" and content[at+1:at+2] not in (b"\xc0", b"\xc1", b"\xc2"): # from segment to segment, to the frame header
-        if content[at+4:at+8] == b"Exif": return None
+        if content[at+1:at+2] == b"\xe1": return None # Exif or XMP, which may say that the image is turned
         at += 2 + int.from_bytes(content[at+2:at+4], "big")
     if content[at:at+1] != b"\xff": return None
     height, width = int.from_bytes(content[at+5:at+7], "big"), int.from_bytes(content[at+7:at+9], "big")

@@ -6,7 +6,7 @@
 __all__ = ['TINY_URL', 'TINY_SIZE', 'TINY_MD5', 'download', 'unpack_zip', 'download_tiny_imagenet']
 
 # %% ../nbs/07_download.ipynb #877df694
-import errno, hashlib, http.client, lzma, os, stat, struct, urllib.error, urllib.request, zipfile, zlib
+import contextlib, errno, hashlib, http.client, lzma, os, stat, struct, urllib.error, urllib.request, zipfile, zlib
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
@@ -102,5 +102,6 @@ def download_tiny_imagenet(root, # folder to put `tiny-imagenet-200` into
                 raise FileExistsError(f"{dest}: there already, but without wnids.txt; remove or rename it, or choose another folder")
             archive = download(url, root/"tiny-imagenet-200.zip", size, md5)
             unpack_zip(archive, dest, "tiny-imagenet-200")
-            archive.unlink(); lock.unlink(missing_ok=True) # whoever still waits finds the set
+            archive.unlink()
+            with contextlib.suppress(OSError): lock.unlink() # whoever still waits finds the set
     return dest

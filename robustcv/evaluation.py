@@ -82,7 +82,6 @@ def check_results(table:pd.DataFrame, # from `evaluate`
 # %% ../nbs/05_evaluation.ipynb #6591f2e5
 COLUMNS = ["perturbation", "strength", "unit", "correct", "n", "accuracy", "low", "high", "seconds", "hits", "predicted"]
 
-@torch.inference_mode(False) # also where the caller is in it: attacks need gradients
 def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
              images:ImageSet, # what to measure it on
              perturbations=None, # list of `Perturbation`; None: the standard ones
@@ -96,16 +95,17 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     if not len(images): raise ValueError(f"images: {images.name} is empty")
     device = pick_device(device)
     batch_size = batch_size or at_a_time(device)
-    served = lru_cache(4)(lambda n, size: Batches(spread_over(images, n), size, device=device))
-    model, first, name = model.to(device), next(iter(served(len(images), batch_size))), "the model"
-    with torch.random.fork_rng([device] if device.type == "cuda" else []): outputs = check_trust(model, first.images[:8], first.labels[:8])
-    if outputs < len(images.classes): raise ValueError(f"model: has {outputs} outputs, {images.name} has {len(images.classes)} classes")
-    _check_origin(model, images)
-    model.to(memory_format=torch.channels_last)
-    folded = cache(lambda: fold_batchnorm(model))
-    def row(p, size):
-        return _measure({name: model}, {name: [name]}, served(p.most or len(images), size), p, precision, seed, folded() if p.fp32 else model)[name]
-    with evaluating(model): table = pd.DataFrame(_halving(row, perturbations, batch_size, served.cache_clear), columns=COLUMNS)
+    with torch.inference_mode(False): # also where the caller is in it: attacks need gradients
+        served = lru_cache(4)(lambda n, size: Batches(spread_over(images, n), size, device=device))
+        model, first, name = model.to(device), next(iter(served(len(images), batch_size))), "the model"
+        with torch.random.fork_rng([device] if device.type == "cuda" else []): outputs = check_trust(model, first.images[:8], first.labels[:8])
+        if outputs < len(images.classes): raise ValueError(f"model: has {outputs} outputs, {images.name} has {len(images.classes)} classes")
+        _check_origin(model, images)
+        model.to(memory_format=torch.channels_last)
+        folded = cache(lambda: fold_batchnorm(model))
+        def row(p, size):
+            return _measure({name: model}, {name: [name]}, served(p.most or len(images), size), p, precision, seed, folded() if p.fp32 else model)[name]
+        with evaluating(model): table = pd.DataFrame(_halving(row, perturbations, batch_size, served.cache_clear), columns=COLUMNS)
     check_results(table, len(images.classes))
     return table
 

@@ -38,7 +38,7 @@ def fit_from(model:Classifier, # trained in place, from a stage on
              config:Training=Training(), # how long and how fast
              seed:int=0, # of order and orientations
              device=None, # None: the best there is
-             folder=None, # see `fit`; with cached features, written to at most twice a minute
+             folder=None, # see `fit`; with cached features, written to at most twice a minute, and at the end
              most:float=4., # gigabytes that the features may take; beyond, they are computed anew for every batch
              pooled:bool=False, # train the average over all orientations, see `Symmetrized`, in place of one at random
             ) -> pd.DataFrame: # as `fit` returns it

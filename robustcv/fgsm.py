@@ -8,11 +8,11 @@ __all__ = ['attacking', 'check_radius', 'check_attack', 'cross_entropies', 'chec
            'Transferred']
 
 # %% ../nbs/12_fgsm.ipynb #63547f7e
-import copy, hashlib, inspect, math, random
+import copy, hashlib, inspect, math, pickle, random
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from numbers import Number
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def attacking(model:nn.Module, # attacked inside of the `with`
 # %% ../nbs/12_fgsm.ipynb #c6b47abb
 def check_radius(eps) -> Tensor:
     "A radius, or one a channel, as a tensor; a `ValueError` for other shapes, such as one an image."
-    radius = torch.as_tensor(eps).detach()
+    radius = torch.as_tensor(eps, dtype=None if isinstance(eps, Tensor) else torch.float64).detach()
     if radius.numel() != 1 and radius.shape not in ((3,), (3, 1, 1), (1, 3, 1, 1)):
         raise ValueError(f"eps: a number, or one a channel, (3,) or (3,1,1); got shape {tuple(radius.shape)}")
     return radius
@@ -93,7 +93,7 @@ def gradient(model:nn.Module, # inside of `attacking`
     slope, = torch.autograd.grad(each.sum(), wide)
     slope = slope/slope.abs().amax(1, keepdim=True).clamp_min(1e-300) # large enough to pass through the network
     grad, = torch.autograd.grad(out, x, slope.to(out.dtype))
-    if not _recording(grad) and not grad.isfinite().all():
+    if not _recording(grad) and not grad.isfinite().all() and out.isfinite().all(): # of outputs that are not finite, others have more to say
         lost = int((~grad.isfinite()).flatten(1).any(1).sum())
         raise ValueError(f"model: its gradient is not finite for {lost} of {len(x)} images, where an attack has no direction to follow; "
                          "look for roots, logarithms or norms at 0")
@@ -155,7 +155,7 @@ def pgd(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
 
 # %% ../nbs/12_fgsm.ipynb #a16fc734
 def _check_pgd(eps, steps, norm, restarts, random_start, step_size=None):
-    if step_size is not None and not (isinstance(step_size, Number) and step_size > 0):
+    if step_size is not None and not (torch.as_tensor(step_size).numel() == 1 and step_size > 0):
         raise ValueError(f"step_size={step_size}: a number above 0; None: 2.5 eps / steps")
     if norm not in ("linf", "l2"): raise ValueError(f"norm='{norm}': use 'linf' or 'l2'")
     if norm == "l2" and eps.numel() > 1: raise ValueError("eps: an L2 radius is one number")
@@ -270,18 +270,28 @@ def _share(p, i, queries):
     return p/2**sum(i*10_000/queries > at for at in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
 
 # %% ../nbs/12_fgsm.ipynb #05807046
+def _chance():
+    "The states of the global generators, as bytes."
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return pickle.dumps((random.getstate(), np.random.get_state(), [t.numpy() for t in (torch.get_rng_state(), *gpus)]))
+
+def _set_chance(states):
+    python, numpy, (cpu, *gpus) = pickle.loads(states)
+    random.setstate(python); np.random.set_state(numpy); torch.set_rng_state(torch.from_numpy(cpu))
+    for i, state in enumerate(gpus): torch.cuda.set_rng_state(torch.from_numpy(state), i)
+
 def fold_batchnorm(model:nn.Module) -> nn.Module: # a frozen copy in evaluation mode
-    "A copy in `channels_last` with batch normalisation folded into the convolutions, if the model can be traced and draws nothing; else without folding."
+    "A copy in `channels_last` with batch normalisation folded into the convolutions, if the model can be traced and draws nothing from global generators."
     kept = {id(v): v.detach() for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf} # cannot be copied
     still = copy.deepcopy(model, kept).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     if any(m._forward_hooks or m._forward_pre_hooks for m in still.modules() if m is still or isinstance(m, (nn.Conv2d, nn.BatchNorm2d))):
         return still # hooks there would be lost
     given = {n: p.default for n, p in inspect.signature(still.forward).parameters.items() if p.default is not p.empty} # traced as they are by default
-    chance = lambda: (random.getstate(), torch.get_rng_state().tolist())
-    before = chance()
+    before = _chance()
     try: traced = torch.fx.symbolic_trace(still, given)
     except Exception: return still # tracing runs the model's own code on stand-ins for tensors, where anything in it may fail
-    if chance() != before: return still # what it drew would stay as it is
+    finally: drew = _chance() != before; _set_chance(before)
+    if drew: return still # and would draw the same for ever
     calls = Counter(n.target for n in traced.graph.nodes if n.op == "call_module" and isinstance(traced.get_submodule(n.target), (nn.Conv2d, nn.BatchNorm2d)))
     if max(calls.values(), default=1) > 1: return still # a layer that is used twice would be folded twice
     return fuse(traced, no_trace=True).eval().requires_grad_(False)

@@ -33,7 +33,7 @@ def box_loss(predicted:Tensor, # (B,4), x0,y0,x1,y1 in [0,1]
 
 def _giou_loss(a, b):
     "1 − generalised IoU of boxes (B,4), pair by pair; as torchvision's, whose masks read from the device, which a CUDA graph must not."
-    (x0, y0, x1, y1), (u0, v0, u1, v1) = a.unbind(1), b.unbind(1)
+    (x0, y0, x1, y1), (u0, v0, u1, v1) = ((v if v.dtype == torch.float64 else v.float()).unbind(1) for v in (a, b))
     both = (torch.minimum(x1, u1) - torch.maximum(x0, u0)).clamp_min(0)*(torch.minimum(y1, v1) - torch.maximum(y0, v0)).clamp_min(0)
     union = (x1 - x0)*(y1 - y0) + (u1 - u0)*(v1 - v0) - both
     hull = (torch.maximum(x1, u1) - torch.minimum(x0, u0))*(torch.maximum(y1, v1) - torch.minimum(y0, v0))

@@ -95,7 +95,7 @@ def caption(records:list) -> str:
 def markdown(frame:pd.DataFrame) -> str:
     "A data frame of strings and numbers as a Markdown table."
     rows = [frame.columns, ["---"]*len(frame.columns), *frame.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(str(c) for c in r) + " |" for r in rows)
+    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in r) + " |" for r in rows)
 
 # %% ../nbs/18_tables.ipynb #0a69db55
 def pool(records:list, # of one run, one a seed

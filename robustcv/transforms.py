@@ -73,7 +73,7 @@ class Transform(nn.Module):
         "What a call does, for images and their boxes."
         check_images(x)
         if boxes is not None and boxes.shape != (len(x), 4): raise ValueError(f"boxes: expected shape ({len(x)},4), got {tuple(boxes.shape)}")
-        if boxes is not None and boxes.device.type == "cpu" and not ((boxes >= 0) & (boxes <= 1)).all():
+        if boxes is not None and boxes.device.type == "cpu" and ((boxes < 0) | (boxes > 1)).any():
             raise ValueError("boxes: some coordinates lie outside of [0,1]; divide pixels by the image's width and height")
         return in_chunks(lambda *part: self._both(*part, generator), x, boxes, self.chunk)
 

@@ -476,6 +476,11 @@ def test_inside_of_inference_mode(tiny):
     with torch.inference_mode(): found = evaluate(model, images, rows)
     assert found.correct.tolist() == expected.correct.tolist()
 
+def test_a_warning_points_at_the_caller(tiny):
+    images, model = load_tiny_imagenet(tiny, "val"), nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 4)).train()
+    with pytest.warns(TrustWarning) as caught: evaluate(model, images, standard_perturbations()[:1])
+    assert {w.filename for w in caught} == {__file__}
+
 def test_a_picture_of_perturbations_leaves_chance_alone():
     torch.manual_seed(123); expected = torch.rand(1); torch.manual_seed(123)
     plt.close(show_perturbations(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [p for p in standard_perturbations() if p.name == "noise"]))

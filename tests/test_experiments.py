@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from robustcv.data import load_tiny_imagenet
 from robustcv.perturbations import ORBIT, Perturbation, standard_perturbations
 from robustcv.evaluation import COLUMNS, unpack, wilson
 from robustcv.experiments import Run, describe_data, run_section, scale_data
-from robustcv.tables import by_name, caption, corruption_table, member_table, filters, one_setting, orientation_table, pool, table
+from robustcv.tables import by_name, caption, corruption_table, member_table, filters, markdown, one_setting, orientation_table, pool, table
 from robustcv.figures import (draw_figures, plot_attacks, plot_corruptions, plot_cost, plot_degraded, plot_fields, plot_occlusion, plot_orientations,
                               plot_runs, plot_selectivity, plot_trade_off, plot_watched)
 from robustcv.model_figures import draw_models, plot_example, plot_response
@@ -96,6 +97,10 @@ def test_rows_are_pooled_by_their_perturbation_wherever_they_stand():
     pd.testing.assert_frame_equal(pool([one, two]), pool([one, record(seed=1)]))
     two["metrics"]["evaluation"] = two["metrics"]["evaluation"][1:]
     assert len(pool([one, two])) == len(pool([one])) - 1
+
+def test_a_bar_in_a_cell_is_no_end_of_the_cell():
+    lines = markdown(pd.DataFrame([{"a": "x | y", "b": 1}])).split("\n")
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {3}
 
 def test_the_caption_says_what_a_figure_rests_on():
     said = caption([record(), record(seed=1)])

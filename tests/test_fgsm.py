@@ -378,8 +378,14 @@ def test_what_a_network_draws_is_not_folded_away(images):
         def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5))
         def forward(self, x): return self.net(x + .3*torch.randn(1, 3, 1, 1))
     model = Noisy().eval(); model(images)
-    folded = fold_batchnorm(model)
-    assert not folded(images).equal(folded(images))
+    before = torch.get_rng_state(); folded = fold_batchnorm(model)
+    assert torch.get_rng_state().equal(before) and not folded(images).equal(folded(images))
+
+def test_outputs_that_are_not_finite_are_no_fault_of_the_gradient(images):
+    class Masked(nn.Module):
+        def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 5))
+        def forward(self, x): return self.net(x).masked_fill(torch.arange(5) == 4, -math.inf)
+    assert fgsm(Masked(), images, torch.full((8,), 4), .1).isfinite().all()
 
 def test_a_network_that_keeps_an_activation_can_be_copied(images):
     class Keeps(nn.Module):

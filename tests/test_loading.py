@@ -159,7 +159,9 @@ def test_a_small_jpeg_is_decoded_at_once_to_the_pixels_it_has(tmp_path, kind):
 
 def test_what_is_no_small_jpeg_gets_a_second_look(tmp_path):
     exif = Image.Exif(); exif[0x0112] = 3
-    for name, image, keep in (("turned.jpg", picture(), {"exif": exif}), ("inks.jpg", picture(mode="CMYK"), {}), ("other.png", picture(), {}),
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>'
+    for name, image, keep in (("turned.jpg", picture(), {"exif": exif}), ("turned too.jpg", picture(), {"xmp": xmp}),
+                              ("inks.jpg", picture(mode="CMYK"), {}), ("other.png", picture(), {}),
                               ("large.jpg", Image.new("RGB", (1025, 1024)), {})):
         image.save(tmp_path/name, **keep)
         assert _plain_jpeg((tmp_path/name).read_bytes()) is None, name
