@@ -7,7 +7,7 @@ __all__ = ['PAUSE', 'cross_entropy', 'Training', 'autocast', 'at_a_time', 'accur
            'main_process', 'agreed', 'wait_for_all', 'join_processes', 'fit', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #525f5714
-import atexit, gc, hashlib, io, json, math, os, time
+import atexit, gc, hashlib, io, json, math, os, time, zipfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -101,6 +101,8 @@ PAUSE = 30. # seconds between checkpoints where an epoch may take less than writ
 def _read_state(file, parts):
     "A checkpoint with all of its parts."
     try:
+        with zipfile.ZipFile(file) as z: # torch.save writes checksums, torch.load does not look at them
+            if odd := z.testzip(): raise ValueError(f"{odd} is not what its checksum says")
         state = torch.load(file, map_location="cpu", weights_only=True)
         if missing := parts - set(state): raise KeyError(f"lacks {', '.join(sorted(missing))}")
         return state

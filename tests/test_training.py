@@ -205,9 +205,13 @@ def test_a_folder_of_other_settings_is_refused_and_kept(tmp_path, change):
 
 def other(path): torch.save({"epoch": 3}, path)
 
+def flip_a_bit(path): # of a weight
+    content, weight = bytearray(path.read_bytes()), next(iter(torch.load(path, weights_only=True)["model"].values()))
+    content[content.index(weight.numpy().tobytes())] ^= 1; path.write_bytes(content)
+
 @pytest.mark.parametrize("damage", [lambda f: f.write_bytes(b""), lambda f: f.write_bytes(f.read_bytes()[:-200]),
-                                    lambda f: f.write_bytes(b"x"*999), lambda f: f.write_text("state"), other],
-                         ids=["empty", "truncated", "garbage", "text", "another file"])
+                                    lambda f: f.write_bytes(b"x"*999), lambda f: f.write_text("state"), other, flip_a_bit],
+                         ids=["empty", "truncated", "garbage", "text", "another file", "a bit"])
 def test_a_damaged_state_is_named(tmp_path, damage):
     run(folder=tmp_path); damage(tmp_path/"state.pt")
     with pytest.raises(ValueError, match="state.pt: (damaged|belongs)"): run(folder=tmp_path)
