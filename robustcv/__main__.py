@@ -28,7 +28,8 @@ from .grids import DEMO, SECTIONS
 from .models import build_model, load_model, save_model
 from .scoreboard import plot_scoreboard, scoreboard
 from .synthetic import make_synthetic
-from .training import Training, fit, main_process
+from .processes import main_process
+from .training import Training, fit
 from .transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 # %% ../nbs/40_command_line.ipynb #3499db3a
@@ -191,8 +192,7 @@ def run(sections:list[str]=typer.Argument(..., help=f"Some of: {', '.join(SECTIO
     names = list(SECTIONS) if "all" in sections else [choose("section", s, [*SECTIONS, "all"]) for s in sections]
     if dry_run:
         images = scale_data(SCALES[choose("scale", scale, SCALES)], data)
-        jobs = plan(names, SCALES[scale], describe_data(*images), chosen, results, folder, only or None)
-        if images[0].boxes is None: jobs = [j for j in jobs if not j.run.boxes]
+        jobs = plan(names, SCALES[scale], describe_data(*images), chosen, results, folder, only or None, images[0].boxes is not None)
         _show(show_plan(jobs)); print(_sum_up(jobs)); return
     records = run_sections(names, scale, data, chosen, results, folder, device, only or None)
     for name in dict.fromkeys(r["section"] for r in records):
@@ -267,6 +267,7 @@ def _check_whole(record, results):
     if lacks: raise ValueError(f"{results}: record {record['id'][:8]} ({record['section']} / {record['name']}) lacks {', '.join(lacks)}; "
                                "remove its line, and run it again")
 
+# %% ../nbs/40_command_line.ipynb #d0962d26
 def _on_record(results, scale):
     "The records of a scale; of several data sets those of the first, with a warning, so that one statistic never mixes two."
     records = [r for r in load_records(results) if r["scale"] == choose("scale", scale, SCALES)]
@@ -278,6 +279,7 @@ def _on_record(results, scale):
                       f"{own[0]['data']['name']} and are left out", stacklevel=2)
     return own
 
+# %% ../nbs/40_command_line.ipynb #fdcf68e9
 @command(app)
 def figures(scale:str=typer.Option("lite", help=_SCALES_HELP),
             results:Path=typer.Option("results", help="Folder of the records."),

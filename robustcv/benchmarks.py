@@ -39,8 +39,8 @@ from .symmetry import RandomSymmetry
 from .synthetic import make_synthetic
 from .features import _cache
 from .training import Training, autocast, cross_entropy, fit
-from .transforms import (Compose, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip, RandomRotation,
-                                 RandomVerticalFlip)
+from .affine import RandomAffine, RandomRotation
+from .transforms import Compose, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip, RandomVerticalFlip
 
 # %% ../nbs/30_benchmarks.ipynb #0c04446a
 def interleave(candidates:dict, # name to a function without arguments

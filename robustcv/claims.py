@@ -136,7 +136,7 @@ JOINT = (
            ("baseline", "multi-task", (-math.inf, 2.), AFFINE, AFFINE))),
     Claim("C20", "multi_task", "some bounding boxes are very poor (here: more than 1 in 10 is empty, smaller than 2 % or larger than 95 % of the image)",
           "“very poor on some images”", (("multi-task", "multi-task", (10., math.inf), "boxes", "boxes"),)),
-    Claim("C21", "ensemble", "the ensemble of the kept models beats each member on the average over all perturbations (ours)", "not said",
+    Claim("C21", "ensemble", "the ensemble of the kept models beats each member on the average over all perturbations", "not said",
           tuple((m, "ensemble", MORE, "all", "all") for m in KEPT)))
 
 CLAIMS = {c.id: c for c in COLOR + ERASE + ATTACK + NATURE + JOINT}
@@ -265,19 +265,21 @@ def _sample(records, where):
 def summary(records:list, # as for `ledger`
             claims, # ids
            ) -> str: # Markdown, a list entry a claim
-    "What the article found (or, of a claim that is ours, what it would mean) and what the records say, claim by claim."
+    "What the article found, or we expect where it says nothing, and what the records say, claim by claim."
     lines = []
     for c in (CLAIMS[i] for i in claims):
-        if lacks := missing(c, records): lines.append(f"- **{c.id}**, the article: {c.statement}. **Undecided**, {lacks}."); continue
+        said = f"- **{c.id}**, {'ours' if c.article == 'not said' else 'the article'}: {c.statement}."
+        if lacks := missing(c, records): lines.append(f"{said} **Undecided**, {lacks}."); continue
         found = differences(c, records)
         effects = "; ".join(map(_effect, found))
-        lines.append(f"- **{c.id}**, the article: {c.statement}. We found, in points: {effects}. **{verdict(found).capitalize()}**.")
+        lines.append(f"{said} We found, in points: {effects}. **{verdict(found).capitalize()}**.")
     return "\n".join(lines)
 
 def summary_table(records:list, # as for `ledger`, or at several scales, which have columns of their own
                  ) -> pd.DataFrame: # a row a claim: id, statement; effects in points (or what is not on record) and verdict, by scale
     "The ledger in short: of each claim the comparison that decides it."
-    rows, scales = {c.id: {"claim": c.id, "the article": c.statement} for c in CLAIMS.values()}, list(dict.fromkeys(r["scale"] for r in records))
+    rows = {c.id: {"claim": c.id, "the article": c.statement + (" (ours)" if c.article == "not said" else "")} for c in CLAIMS.values()}
+    scales = list(dict.fromkeys(r["scale"] for r in records))
     for scale in scales:
         some, where = [r for r in records if r["scale"] == scale], f", {scale}" if len(scales) > 1 else ""
         for c in CLAIMS.values():
@@ -286,6 +288,7 @@ def summary_table(records:list, # as for `ledger`, or at several scales, which h
                            f"verdict{where}": verdict(found) if found or len(scales) == 1 else ""}
     return pd.DataFrame(rows.values())
 
+# %% ../nbs/21_claims.ipynb #fa1b0445
 def _signed(v): return f"{round(v, 1) + 0.:+.1f}" # without -0.0
 def _effect(d): return f"{d.label}: {_signed(d.value)} ({_signed(d.low)} to {_signed(d.high)})"
 

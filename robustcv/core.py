@@ -183,6 +183,7 @@ def atomic_path(path, # the file to write
             os.replace(part, path)
         finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #6d72febd
 @contextmanager
 def temporary_folder(path, # the folder that is to be
                     ): # yields another one beside it, which is removed afterwards

@@ -233,6 +233,7 @@ def _scan_folder(root):
     meta = {"classes": classes, "synthetic": False, "stamp": {str(p.relative_to(root)): s for p, s in stamps.items()}}
     return files, np.array(labels, np.int64), None, meta
 
+# %% ../nbs/01_data.ipynb #2e9bf156
 def _walk(folder):
     "A folder and those inside of it, in order, each once, with the names in it: through links, but not into hidden ones."
     def refuse(e): raise PermissionError(e.errno, f"cannot read {e.filename}: {e.strerror}; give yourself the right to, or move it away")
@@ -242,6 +243,7 @@ def _walk(folder):
         seen.add(real); subs[:] = sorted(s for s in subs if not s.startswith("."))
         yield here, names
 
+# %% ../nbs/01_data.ipynb #ee931f48
 def load_folder(root, # folder with one sub-folder a class
                 size:int|None=None, # resize the shorter side to `size` pixels and crop the centre; None: all have one size already
                 cache=None, rebuild:bool=False, workers:int|None=None, # as in `load_tiny_imagenet`

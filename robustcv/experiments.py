@@ -32,7 +32,8 @@ from .grids import KEPT, SECTIONS, Run, find_run
 from .models import build_model, first_conv, load_model, save_model
 from .multi_task import count_boxes, degrade_boxes
 from .synthetic import make_synthetic
-from .training import agreed, fit, join_processes, main_process, wait_for_all
+from .processes import agreed, join_processes, main_process, wait_for_all
+from .training import fit
 
 # %% ../nbs/20_experiments.ipynb #9205fe49
 EXTRA = {"color_jitter": color_perturbations, "random_erase": erase_perturbations, "stability": stability_perturbations, "symmetry": symmetry_perturbations,
@@ -260,11 +261,12 @@ def plan(sections:list, # names of sections
          seeds=None, # list; None: the scale's
          results="results", folder="runs", # of records and networks
          names=None, # of the runs; None: all; or a dictionary of names by section
+         boxes:bool=True, # whether the images have boxes; runs that learn them are left out otherwise
         ) -> list: # of `Job`
     "What a grid of runs consists of, and how far it has come."
     records = [r for r in load_records(results) if r["scale"] == scale.name]
     done, there, jobs, seeds = {r["id"] for r in records}, set(), [], scale.seeds if seeds is None else [int(s) for s in seeds]
-    for run, seed in ((r, s) for r in _chosen(sections, names) for s in seeds):
+    for run, seed in ((r, s) for r in _chosen(sections, names) for s in seeds if boxes or not r.boxes):
         config, id = _identity(run, scale, seed, about)
         lacks = _lacking(run, seed, scale, about, folder) - there
         status = "on record" if id in done else "to train" if lacks else "to measure"
@@ -363,10 +365,9 @@ def run_sections(sections:list, # names of sections
     git_commit() # of what runs from now on
     if not main_process(): say = lambda line: None
     at, spent, pooled = Setting(scale, *scale_data(scale, data, **kwargs), device, Path(folder), say, kwargs), [], {}
-    jobs = plan(sections, scale, at.about, seeds, results, folder, names)
+    jobs = plan(sections, scale, at.about, seeds, results, folder, names, at.train.boxes is not None)
     wait_for_all() # before the first of them writes a record
-    if at.train.boxes is None and any(j.run.boxes for j in jobs):
-        say(f"{at.train.name} has no boxes: runs that learn them are left out"); jobs = [j for j in jobs if not j.run.boxes]
+    if at.train.boxes is None: say(f"{at.train.name} has no boxes: runs that learn them are left out")
     left = {f"[{i}/{len(jobs)}] {j.run.section} / {j.run.name}, seed {j.seed}, scale {scale.name}": j for i, j in enumerate(jobs, 1)}
     with closing(_alone(left, at, results)) as free: # whatever happens, a lock is given back
         for label, job in free:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .core import derive_seed, generator, pick_device
 from .data import Batches, ImageSet
 from .models import Classifier, evaluating
+from .processes import main_process
 from .symmetry import RandomSymmetry, check_sides, orbit_features, split_at, symmetrize, turned
-from .training import (PAUSE, Checkpoint, Training, _check_fit, _one_cycle, _signature, autocast, cross_entropy, fit, main_process, not_finite,
+from .training import (PAUSE, Checkpoint, Training, _check_fit, _one_cycle, _signature, autocast, cross_entropy, fit, not_finite,
                                probe_images)
 
 # %% ../nbs/04a_features.ipynb #44bf1b20
@@ -30,6 +31,11 @@ def gigabytes(model:Classifier, # already where it computes
     "What the features of all images in eight orientations take in float32."
     x, before = images.images[:1].to(next(model.parameters()).device)/255, split_at(model, first)[0]
     with evaluating(before): return 8*len(images)*before(x).numel()*4/1e9
+
+def _check_from(model, train, valid, config):
+    if model.config.get("boxes"): raise ValueError("model: has a head for boxes; `fit_from` trains classifiers alone")
+    if config.replays: raise ValueError(f"config: replays={config.replays}; `fit_from` takes a batch once, `fit` several times")
+    for s in (train, valid): check_sides(*s.images.shape[2:])
 
 # %% ../nbs/04a_features.ipynb #3be1355a
 def fit_from(model:Classifier, # trained in place, from a stage on
@@ -45,9 +51,7 @@ def fit_from(model:Classifier, # trained in place, from a stage on
     "`fit` with `RandomSymmetry` and frozen layers before `first`, computed once for each orientation; accuracies are on images turned at random."
     device = pick_device(device)
     _check_fit(model, train, valid)
-    if model.config.get("boxes"): raise ValueError("model: has a head for boxes; `fit_from` trains classifiers alone")
-    if config.replays: raise ValueError(f"config: replays={config.replays}; `fit_from` takes a batch once, `fit` several times")
-    for s in (train, valid): check_sides(*s.images.shape[2:])
+    _check_from(model, train, valid, config)
     model.freeze_below(first).to(device)
     model.classes, model.size, model.trained_on = train.classes, train.images.shape[-1], train.fingerprint
     if (size := gigabytes(model, first, train)) > most:
@@ -59,8 +63,7 @@ def fit_from(model:Classifier, # trained in place, from a stage on
     what = f"features before {first}{', pooled' if pooled else ''}"
     checkpoint = Checkpoint(folder, model, run.optimizer, run.schedule, folder and _signature(model, train, valid, cross_entropy, what, config, seed), PAUSE)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for epoch in range(checkpoint.load(), config.epochs):
-            checkpoint.save(run.epoch(epoch), main_process(), last=epoch + 1 == config.epochs)
+        for n in range(checkpoint.load(), config.epochs): checkpoint.save(run.epoch(n), main_process(), last=n + 1 == config.epochs)
     if config.keep == "best": model.load_state_dict(checkpoint.best)
     model.eval()
     return pd.DataFrame(checkpoint.history)

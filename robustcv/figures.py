@@ -100,6 +100,11 @@ def plot_occlusion(records:list, # of the section `random_erase`
 # %% ../nbs/22_figures.ipynb #402c6e3c
 KINDS = {"random signs": ".5", "FGSM": "C3", "PGD-20": "#882255", "strong attacks": ".15"} # colours of the attacks that every network has
 
+def _kind_colors(kinds):
+    others = cycle(["C0", "C1", "C2", "C4", "C9"])
+    return {k: KINDS.get(k) or next(others) for k in sorted(kinds)}
+
+# %% ../nbs/22_figures.ipynb #29fdd90a
 def plot_attacks(records:list, # of a section that measures attacks
                  names=None, # of runs; None: all
                 ): # the figure
@@ -111,8 +116,7 @@ def plot_attacks(records:list, # of a section that measures attacks
     fig, axes = plt.subplots(rows, columns, figsize=(3.4*columns + 1.2, 3.2*rows), sharey=True, layout="constrained", squeeze=False)
     attacks = {n: list(dict.fromkeys(t.perturbation[t.unit.str.startswith("ε")])) for n, t in runs.items()}
     kinds, unit = list(dict.fromkeys(sum(sorted(attacks.values(), key=len, reverse=True), []))), 255*float(normalized(1.).mean())
-    others = cycle(["C0", "C1", "C2", "C4", "C9"])
-    colors = {k: KINDS.get(k) or next(others) for k in sorted(kinds)}
+    colors = _kind_colors(kinds)
     for ax in axes.flat[len(runs):]: ax.remove()
     for ax, (name, t) in zip(axes.flat, runs.items(), strict=False):
         for kind in kinds:
@@ -244,8 +248,8 @@ def plot_degraded(records:list, # of the section `multi_task`
     import matplotlib.pyplot as plt
     runs = {n: rs for n, rs in by_name(one_setting(records)).items() if n in ("baseline", "multi-task") or n.startswith("boxes ")}
     axes = plt.subplots(1, 2, figsize=(9, .3*len(runs) + 1), sharey=True, layout="constrained")[1] if axes is None else axes
-    kinds = list(dict.fromkeys(n.rsplit(" ", 1)[0] if n.startswith("boxes ") else "" for n in runs))
-    places = [i + .6*kinds.index(n.rsplit(" ", 1)[0] if n.startswith("boxes ") else "") for i, n in enumerate(runs)] # a gap between the ways
+    ways = [n.rsplit(" ", 1)[0] if n.startswith("boxes ") else "" for n in runs]
+    places = [i + .6*list(dict.fromkeys(ways)).index(w) for i, w in enumerate(ways)] # a gap between the ways
     for y, (name, rs) in zip(places, runs.items(), strict=True):
         row, gap = pool(rs).iloc[0], np.mean([r["metrics"]["train_accuracy"] for r in rs]) - pool(rs).iloc[0].accuracy
         color = ".5" if name == "baseline" else "C0"
@@ -259,30 +263,30 @@ def plot_degraded(records:list, # of the section `multi_task`
 
 # %% ../nbs/22_figures.ipynb #9ae7cd3f
 def _figures(records):
-    "Name, figure and basis of everything that is drawn of a section."
-    r, runs, all_of = records[0], by_name(records), basis(records)
+    "Name and figure of everything that is drawn of a section; and what it rests on, where that is not all of the records."
+    r, runs = records[0], by_name(records)
     if len(runs) <= 3 and r["metrics"]["history"]: # an ensemble has none
         histories = {n: pd.DataFrame(sum((x["metrics"]["history"] for x in rs), [])).groupby("epoch", as_index=False).mean() for n, rs in runs.items()}
-        yield "curves", plot_history(histories).figure, all_of
+        yield "curves", plot_history(histories).figure
         standard = {p.name for p in standard_perturbations()}
-        yield "perturbations", plot_bars({n: (t := pool(rs))[t.perturbation.isin(standard)] for n, rs in runs.items()}).figure, all_of
-    else: yield "runs", plot_runs(records).figure, all_of
+        yield "perturbations", plot_bars({n: (t := pool(rs))[t.perturbation.isin(standard)] for n, rs in runs.items()}).figure
+    else: yield "runs", plot_runs(records).figure
     if r["section"] == "color_jitter" and any(n.split()[0] in JITTERED for n in runs):
         yield "fields", plot_fields(records)[0][0].figure, basis([x for x in records if x["name"].split()[0] in (*JITTERED, "baseline")])
     if r["section"] == "random_erase" and {"baseline", "E"} <= set(runs): yield "occlusion", plot_occlusion(records), basis(runs["baseline"] + runs["E"])
-    if r["section"] in ATTACKED: yield "attacks", plot_attacks(records), all_of
-    if r["metrics"]["history"] and "pgd_accuracy" in r["metrics"]["history"][0]: yield "watched", plot_watched(records).figure, all_of
+    if r["section"] in ATTACKED: yield "attacks", plot_attacks(records)
+    if r["metrics"]["history"] and "pgd_accuracy" in r["metrics"]["history"][0]: yield "watched", plot_watched(records).figure
     if r["section"] == "stability":
-        yield "trade-off", plot_trade_off(records).figure, all_of; yield "corruptions", plot_corruptions(records).figure, all_of
+        yield "trade-off", plot_trade_off(records).figure; yield "corruptions", plot_corruptions(records).figure
         for p in ("noise, article", "certified"):
             measured = {n: t for n, rs in runs.items() if p in set((t := pool(rs)).perturbation)} # certificates are costly: not every run has them
             if measured: yield p.split(",")[0], plot_strength(measured, p).figure, basis([x for n in measured for x in runs[n]])
     where = f"scale {r['scale']}: {r['data']['name']}, {r['data']['classes']} classes"
     if r["section"] == "symmetry":
-        for name, plot in {"orientations": plot_orientations, "cost": plot_cost}.items(): yield name, plot(records).figure, all_of
+        for name, plot in {"orientations": plot_orientations, "cost": plot_cost}.items(): yield name, plot(records).figure
         yield "selectivity", plot_selectivity(records).figure, f"{where}; {len(filters(r))} filters a network, of the seeds that all runs have"
-    if r["section"] == "robustness": yield "scoreboard", plot_scoreboard(scoreboard(records)).figure, all_of
-    if r["section"] == "multi_task" and any(n.startswith("boxes ") for n in runs): yield "degraded", plot_degraded(records)[0].figure, all_of
+    if r["section"] == "robustness": yield "scoreboard", plot_scoreboard(scoreboard(records)).figure
+    if r["section"] == "multi_task" and any(n.startswith("boxes ") for n in runs): yield "degraded", plot_degraded(records)[0].figure
     if r["section"] in ("baseline", "symmetry"): # the others begin with the same network
         yield "filters", show_filters(filters(r)), f"{where}; the {len(filters(r))} filters of {r['name']}, seed {r['seed']}"
 
@@ -304,8 +308,8 @@ def draw_figures(records:list, # of one section, scale and data set
     set_style()
     r, folder, out = one_setting(records)[0], Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, fig, text in _figures(records):
-        under(fig, text); out.append(folder/f"{r['section']}-{r['scale']}-{name}.png"); fig.savefig(out[-1]); plt.close(fig)
+    for name, fig, *text in _figures(records):
+        under(fig, *text or [basis(records)]); out.append(folder/f"{r['section']}-{r['scale']}-{name}.png"); fig.savefig(out[-1]); plt.close(fig)
     return out
 
 # %% ../nbs/22_figures.ipynb #4601409a

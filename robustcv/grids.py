@@ -21,8 +21,9 @@ from .random_erase import GaussianDistortion, RandomErase
 from .recipe import mixed_loss
 from .stability import RandomNoise, stability_loss
 from .training import Training, cross_entropy
-from .transforms import (Compose, Pad, PerImage, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
-                                 RandomRotation, RandomVerticalFlip)
+from .affine import RandomAffine, RandomRotation
+from .transforms import (Compose, Pad, PerImage, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
+                                 RandomVerticalFlip)
 
 # %% ../nbs/19_grids.ipynb #1a6421ab
 @dataclass(frozen=True)

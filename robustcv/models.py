@@ -170,6 +170,7 @@ def _read_weights(path) -> dict:
         raise ValueError(f"{path}: expected a dictionary of tensors (a state_dict)")
     return _modern_names({k.removeprefix("net."): v for k, v in state.items()})
 
+# %% ../nbs/03_models.ipynb #78d242d8
 def _description(path):
     "What `save_model` says of a network; None in other safetensors files."
     with safe_open(path, "pt") as f: return json.loads((f.metadata() or {}).get("robustcv", "null"))

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from .affine import affine
 from .core import normalized
 from .data import show_images
 from .fgsm import fgsm, pgd, strong_attacks, worst_case
 from .random_erase import RandomErase
 from .stability import SEVERITIES, add_noise, corrupt, jpeg, rescale, salt_and_pepper, uniform_noise
 from .symmetry import ELEMENTS, RandomSymmetry, apply_symmetry
-from .transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip, affine, gaussian_blur
+from .transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip, gaussian_blur
 
 # %% ../nbs/08_perturbations.ipynb #cf3e4cf4
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ def _of_one_training(records):
         else: own.append(r)
     return max(trainings, key=lambda t: len(set().union(*map(accuracies, t))))
 
+# %% ../nbs/23_scoreboard.ipynb #061869ec
 def scoreboard(records:list, # of any sections, at one scale and on one data set
                runs=None, # "section / name" of each; None: all, a row a network, named after the first section that has it
               ) -> pd.DataFrame: # a row a run: accuracy in % by family, NaN where not measured; mean and worst of the standard families that every run has

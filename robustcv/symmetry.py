@@ -13,10 +13,11 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
+from .affine import affine
 from .core import choose, generator, pick_device
 from .data import Batches, ImageSet
 from .models import Classifier, evaluating
-from .transforms import Transform, affine, check_images, one_by_one
+from .transforms import Transform, check_images, one_by_one
 
 # %% ../nbs/15_symmetry.ipynb #7cbeed22
 ELEMENTS = ("identity", "rotation by 90°", "rotation by 180°", "rotation by 270°", "horizontal flip", "flip across the anti-diagonal", "vertical flip",

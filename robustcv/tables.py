@@ -68,6 +68,7 @@ def basis(records:list) -> str:
     precision = "; ".join([f"95 % interval of an accuracy: {_up_to(d['valid'])} points at most", *_fewer(records)])
     return f"scale {r['scale']}: {what}, {d['classes']} classes; n = {d['valid']:,} validation images ({precision}); {seeds}"
 
+# %% ../nbs/18_tables.ipynb #3ed6a820
 def _or(several):
     *first, last = [*several] or [""]
     return ", ".join(first) + (" or " if first else "") + last
@@ -83,6 +84,7 @@ def _fewer(records):
             groups.setdefault(tuple(sorted(n, reverse=True)), []).append(name)
     return [f"{', '.join(names)}: n = {_or(f'{m:,}' for m in n)}, {_up_to(n[-1])}" for n, names in sorted(groups.items(), reverse=True)]
 
+# %% ../nbs/18_tables.ipynb #782cec71
 def caption(records:list) -> str:
     "One line that says what a table or figure of these records rests on."
     d = one_setting(records)[0]["data"]

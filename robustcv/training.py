@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAUSE', 'cross_entropy', 'Training', 'autocast', 'at_a_time', 'accuracy', 'Checkpoint', 'not_finite', 'probe_images',
-           'main_process', 'agreed', 'wait_for_all', 'join_processes', 'fit', 'plot_history']
+           'fit', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #525f5714
-import atexit, gc, hashlib, io, json, math, os, time, zipfile
+import hashlib, io, json, math, os, time, zipfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,13 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import atomic_path, capturable, choose, derive_seed, describe, generator, model_colors, out_of_memory, pick_device
 from .data import Batch, Batches, ImageSet, take
 from .models import Classifier, check_logits, evaluating, save_model
+from .processes import accelerator
 from .transforms import Transform, check_transform
 
 # %% ../nbs/04_training.ipynb #ec554b89
@@ -262,7 +261,7 @@ def probe_images(train:ImageSet, # what is learnt from
 
 def _set_up(model, train, valid, objective, transform, config, seed, device, folder, probe):
     "Place the model, make optimiser, schedule and batches, and load the checkpoint if there is one."
-    acc, device = _accelerator(device)
+    acc, device = accelerator(device)
     if config.sync_batchnorm and acc.num_processes > 1:
         if device.type == "cpu": raise ValueError("sync_batchnorm=True: PyTorch has it for GPUs only")
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -307,20 +306,6 @@ def _one_cycle(optimizer, config, steps):
     rise = min(1 - 1/steps, max(config.warmup, 2/steps))
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=rise, cycle_momentum=False)
 
-# %% ../nbs/04_training.ipynb #27740a9c
-def _leave():
-    "Part from the other processes; gloo's threads, where they outlive the interpreter, may abort the process."
-    gc.collect() # a model that was shared is a cycle that keeps the group alive, and its threads with it
-    if dist.is_initialized(): dist.destroy_process_group()
-
-def _accelerator(device):
-    "Accelerate's handle on this process, and the device: with one process, the one asked for."
-    device = pick_device(device)
-    if PartialState._shared_state and PartialState().num_processes == 1: AcceleratorState._reset_state(reset_partial_state=True)
-    acc = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-    if acc.num_processes > 1 and dist.get_backend() == "gloo": atexit.register(_leave)
-    return acc, device if acc.num_processes == 1 else acc.device
-
 # %% ../nbs/04_training.ipynb #0c7a3922
 def _check_fit(model, train, valid):
     if tuple(train.classes) != tuple(valid.classes):
@@ -343,26 +328,6 @@ def _check_outputs(model, batches, classes):
     with evaluating(model), torch.random.fork_rng([batches.device] if batches.device.type == "cuda" else []), torch.no_grad():
         out = check_logits(model(next(iter(batches)).images[:2].contiguous(memory_format=torch.channels_last)))
     if out.ndim != 2 or out.shape[1] < classes: raise ValueError(f"model: returns {tuple(out.shape)} for {len(out)} images; there are {classes} classes")
-
-# %% ../nbs/04_training.ipynb #d9d0a129
-def main_process() -> bool:
-    "Whether this process is the one that writes and speaks: the only one, or the first of several."
-    return int(os.environ.get("RANK", 0)) == 0 # as every launcher sets it
-
-def agreed(value):
-    "The first process's value, in all of those that train together."
-    if not (dist.is_available() and dist.is_initialized()): return value
-    dist.broadcast_object_list(said := [value], 0)
-    return said[0]
-
-def wait_for_all():
-    "Where several processes train together, wait until all of them are here."
-    if dist.is_available() and dist.is_initialized(): dist.barrier()
-
-def join_processes(device=None, # None: the best there is
-                  ) -> torch.device: # this process's
-    "Take a place among the processes that were launched together, if there are several."
-    return _accelerator(device)[1]
 
 # %% ../nbs/04_training.ipynb #0d31941e
 def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (B,K)

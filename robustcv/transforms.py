@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_images', 'check_range', 'check_p', 'uniform', 'Transform', 'one_by_one', 'in_chunks', 'RandomHorizontalFlip',
-           'RandomVerticalFlip', 'RandomCrop', 'affine', 'affine_boxes', 'RandomAffine', 'RandomRotation',
-           'RandomGrayscale', 'RandomGaussianBlur', 'gaussian_blur', 'check_transform', 'Compose', 'Pad', 'PerImage']
+           'RandomVerticalFlip', 'RandomCrop', 'RandomGrayscale', 'RandomGaussianBlur', 'gaussian_blur',
+           'check_transform', 'Compose', 'Pad', 'PerImage']
 
 # %% ../nbs/02_transforms.ipynb #376fb7a0
 import math
@@ -197,113 +197,6 @@ def _crop_gather(x, top, left, size, padding, mode):
         x = x.gather(dim, index.view(len(x), 1, *((n, 1) if dim == 2 else (1, n))).expand(shape))
     return x if mode == "reflect" else torch.where(inside, x, 0.)
 
-# %% ../nbs/02_transforms.ipynb #dbcadfa1
-def _motion(like, angle, translate, scale, shear):
-    "Rotation and shear as a matrix a, b, c, d, the shift, and the factor, each (B,), as torchvision defines them."
-    full = lambda v: torch.as_tensor(v, dtype=torch.float32, device=like.device).expand(len(like))
-    rot, sx, sy = (torch.deg2rad(full(v)) for v in (angle, *shear))
-    a, c = torch.cos(rot - sy)/torch.cos(sy), torch.sin(rot - sy)/torch.cos(sy)
-    return (a, -a*torch.tan(sx) - torch.sin(rot), c, -c*torch.tan(sx) + torch.cos(rot)), tuple(map(full, translate)), full(scale)
-
-# %% ../nbs/02_transforms.ipynb #940d67f4
-def affine(x:Tensor, # (B,3,H,W)
-           angle:Tensor|float=0., # (B,) degrees, clockwise
-           translate:tuple=(0., 0.), # pixels to the right and down, each a number or (B,)
-           scale:Tensor|float=1., # (B,) factor
-           shear:tuple=(0., 0.), # degrees along x and y, each a number or (B,)
-           interpolation:str="nearest", # or "bilinear"
-           fill:float=0., # value outside of the image
-          ) -> Tensor: # (B,3,H,W)
-    "Rotate, shear, scale and translate each image about its centre."
-    (a, b, c, d), (tx, ty), s = _motion(x, angle, translate, scale, shear)
-    h, w = x.shape[2:]
-    rows = torch.stack([torch.stack([d, -b*h/w, (b*ty - d*tx)*2/w], 1), torch.stack([-c*w/h, a, (c*tx - a*ty)*2/h], 1)], 1) / s[:, None, None]
-    out = F.grid_sample(x - fill if fill else x, _grid(rows.to(x.dtype), h, w), mode=interpolation, padding_mode="zeros", align_corners=False)
-    return out + fill if fill else out
-
-# %% ../nbs/02_transforms.ipynb #42a2d775
-def _grid(rows, h, w):
-    "F.affine_grid(rows, (B,C,h,w), align_corners=False) as a sum of a column term and a row term."
-    centres = lambda n: (torch.arange(n, device=rows.device, dtype=rows.dtype) + .5)*2/n - 1
-    along, down = rows[:, :, 0, None]*centres(w) + rows[:, :, 2, None], rows[:, :, 1, None]*centres(h)
-    return torch.stack([along[:, k, None, :] + down[:, k, :, None] for k in (0, 1)], -1)
-
-def _check_fill(fill):
-    if not isinstance(fill, Number) or not 0 <= fill <= 1: raise ValueError(f"fill={fill}: a pixel value between 0 and 1")
-    return float(fill)
-
-def _check_interpolation(name):
-    if name not in ("nearest", "bilinear"): raise ValueError(f"interpolation='{name}': use 'nearest' or 'bilinear'")
-    return name
-
-# %% ../nbs/02_transforms.ipynb #8ec758a0
-def affine_boxes(boxes:Tensor, # (B,4), see `ImageSet`
-                 size:tuple, # height and width of the images, pixels
-                 angle:Tensor|float=0., translate:tuple=(0., 0.), scale:Tensor|float=1., shear:tuple=(0., 0.), # as for `affine`
-                ) -> Tensor: # (B,4), not cut off at the border
-    "The smallest upright boxes around what `affine` makes of boxes."
-    ((a, b, c, d), (tx, ty), s), (h, w) = _motion(boxes, angle, translate, scale, shear), size
-    x, y = (boxes[:, [0, 2, 0, 2]] - .5)*w, (boxes[:, [1, 1, 3, 3]] - .5)*h # corners, from the centre
-    moved = [(s[:, None]*(p[:, None]*x + q[:, None]*y) + t[:, None])/side + .5 for p, q, t, side in ((a, b, tx, w), (c, d, ty, h))]
-    return torch.stack([f(v, 1) for f in (torch.amin, torch.amax) for v in moved], 1)
-
-# %% ../nbs/02_transforms.ipynb #a84b0413
-class RandomAffine(Transform):
-    "Rotate, translate, scale and shear by random amounts; torchvision's ranges and defaults."
-    def __init__(self,
-                 degrees:float|tuple, # rotation: a number d for (-d, d), or a range
-                 translate:tuple=(0., 0.), # greatest shift as fractions of width and height; whole pixels are drawn
-                 scale:tuple=(1., 1.), # range of the factor
-                 shear:float|tuple=0., # along x, degrees: a number s for (-s, s), or a range
-                 interpolation:str="nearest", # or "bilinear"
-                 fill:float=0., # value outside of the image
-                ):
-        super().__init__()
-        both = lambda v: (-v, v) if isinstance(v, Number) else v
-        self.degrees, self.shear = check_range("degrees", both(degrees)), check_range("shear", both(shear), -89, 89)
-        self.scale, self.interpolation, self.fill = check_range("scale", scale, 1e-3), _check_interpolation(interpolation), _check_fill(fill)
-        if not isinstance(translate, (tuple, list)) or len(translate) != 2 or not all(isinstance(t, Number) and 0 <= t <= 1 for t in translate):
-            raise ValueError(f"translate={translate}: expected two fractions between 0 and 1, of width and height")
-        self.translate = tuple(translate)
-
-    def draw(self, x, generator=None):
-        draw = lambda low, high: uniform(len(x), low, high, generator)
-        most = [t*n for t, n in zip(self.translate, (x.shape[3], x.shape[2]), strict=True)]
-        return {"angle": draw(*self.degrees), "translate": torch.stack([draw(-m, m).round() for m in most], 1),
-                "scale": draw(*self.scale), "shear": draw(*self.shear)}
-
-    def transform(self, x, angle, translate, scale, shear):
-        "`angle`, `scale`, `shear`: (B,); `translate`: (B,2) pixels."
-        return affine(x, angle, translate.unbind(1), scale, (shear, 0.), self.interpolation, self.fill)
-
-    def move(self, boxes, x, angle, translate, scale, shear):
-        return affine_boxes(boxes, x.shape[2:], angle, translate.unbind(1), scale, (shear, 0.))
-
-    def extra_repr(self):
-        return f"degrees={self.degrees}, translate={self.translate}, scale={self.scale}, shear={self.shear}, {self.interpolation}, fill={self.fill}"
-
-# %% ../nbs/02_transforms.ipynb #8bd991df
-class RandomRotation(Transform):
-    "Rotate by a random angle about the centre."
-    def __init__(self,
-                 degrees:float|tuple, # a number d for (-d, d), or a range; counter-clockwise
-                 interpolation:str="nearest", # or "bilinear"
-                 fill:float=0., # value outside of the image
-                ):
-        super().__init__()
-        self.degrees = check_range("degrees", (-degrees, degrees) if isinstance(degrees, Number) else degrees)
-        self.interpolation, self.fill = _check_interpolation(interpolation), _check_fill(fill)
-
-    def draw(self, x, generator=None): return {"angle": uniform(len(x), *self.degrees, generator)}
-
-    def transform(self, x, angle):
-        "`angle`: (B,) degrees, counter-clockwise."
-        return affine(x, -angle, interpolation=self.interpolation, fill=self.fill)
-
-    def move(self, boxes, x, angle): return affine_boxes(boxes, x.shape[2:], -angle)
-
-    def extra_repr(self): return f"degrees={self.degrees}, {self.interpolation}, fill={self.fill}"
-
 # %% ../nbs/02_transforms.ipynb #8cdc6614
 class RandomGrayscale(Transform):
     "Replace the colours by their luma (ITU-R 601) with probability `p`."
@@ -389,8 +282,9 @@ class Pad(Transform):
     def __init__(self,
                  padding:int, # pixels
                 ):
-        super().__init__(); self.padding = padding
+        super().__init__()
         if not isinstance(padding, int) or padding < 0: raise ValueError(f"padding={padding}: must be a whole number of pixels, not negative")
+        self.padding = padding
 
     def transform(self, x): return F.pad(x, (self.padding,)*4)
 

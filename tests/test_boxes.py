@@ -7,12 +7,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from robustcv.affine import RandomAffine, RandomRotation
 from robustcv.color_jitter import ColorJitter
 from robustcv.random_erase import GaussianDistortion, RandomErase
 from robustcv.stability import RandomNoise
 from robustcv.symmetry import RandomSymmetry, apply_symmetry
-from robustcv.transforms import (Compose, Pad, PerImage, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
-                                 RandomRotation, RandomVerticalFlip)
+from robustcv.transforms import (Compose, Pad, PerImage, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
+                                 RandomVerticalFlip)
 
 H, W = 24, 32
 

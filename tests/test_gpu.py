@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from robustcv import adversarial_training as adv
+from robustcv.affine import RandomAffine, RandomRotation
 from robustcv.color_jitter import ColorJitter
 from robustcv.core import generator, normalized, seed_everything
 from robustcv.data import Batches, ImageSet
@@ -25,12 +26,10 @@ from robustcv.training import Training, _Recorded, _set_up, _step, cross_entropy
 from robustcv.transforms import (
     Compose,
     Pad,
-    RandomAffine,
     RandomCrop,
     RandomGaussianBlur,
     RandomGrayscale,
     RandomHorizontalFlip,
-    RandomRotation,
     RandomVerticalFlip,
 )
 

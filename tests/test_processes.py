@@ -18,7 +18,8 @@ from robustcv.experiments import run_section
 from robustcv.grids import SECTIONS, Run
 from robustcv.recipe import mixed_loss
 from robustcv.stability import stability_loss
-from robustcv.training import Training, cross_entropy, fit, main_process
+from robustcv.processes import main_process
+from robustcv.training import Training, cross_entropy, fit
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks of POSIX systems")
 CONFIG = Training(epochs=3, batch_size=8, lr=0.05, precision="fp32")

@@ -12,11 +12,12 @@ from scipy.stats import binomtest, chisquare
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode, functional as tv
 
+from robustcv.affine import RandomAffine, RandomRotation, affine
 from robustcv.core import describe
 from robustcv.random_erase import RandomErase
 from robustcv.symmetry import RandomSymmetry
-from robustcv.transforms import (Compose, Pad, PerImage, RandomAffine, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
-                                 RandomRotation, RandomVerticalFlip, Transform, _crop_gather, affine, gaussian_blur, in_chunks)
+from robustcv.transforms import (Compose, Pad, PerImage, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
+                                 RandomVerticalFlip, Transform, _crop_gather, gaussian_blur, in_chunks)
 
 ALL = [RandomHorizontalFlip(), RandomVerticalFlip(0.3), RandomCrop(12, 3), RandomCrop((9, 14), 4, "reflect"), RandomCrop(8),
        RandomAffine(30, (.2, .1), (.7, 1.4), 20), RandomAffine((-90, 0), (.3, 0), interpolation="bilinear", fill=.3), RandomRotation(180),

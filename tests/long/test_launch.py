@@ -59,7 +59,7 @@ def lines(*calls):
 def test_no_thread_of_the_group_is_left_when_the_interpreter_goes(tmp_path):
     (tmp_path/"script.py").write_text(SCRIPT + """train()
 from pathlib import Path
-from robustcv.training import _leave
+from robustcv.processes import _leave
 threads = lambda: sum("gloo" in f.read_text() for f in Path("/proc/self/task").glob("*/comm"))
 before = threads(); _leave(); os.write(1, f"\\nof threads {before > 0} {threads()}\\n".encode())
 """)
