@@ -165,8 +165,8 @@ def _attacks(run, at):
 
 def train_run(run:Run, seed:int, at:Setting) -> dict: # metrics of the record
     "Train and measure one run."
+    model, history = network(run, seed, at) # first, while another process may still be at the networks that attack it
     attacks = _attacks(run, at) if run.section in ATTACKED else []
-    model, history = network(run, seed, at)
     table = _evaluate(model, standard_perturbations() + _extra(run.section, at.scale) + attacks, seed, at, _home(run, at.scale, seed, at.about, at.folder))
     table, more = MEASURED[run.section](run, model, table, seed, at) if run.section in MEASURED else (table, {})
     if run.members: learnt = _averaged(evaluate(model, spread_over(at.train, len(at.valid)), standard_perturbations()[:1], seed=seed, device=at.device), table)
