@@ -110,3 +110,8 @@ def test_the_time_to_an_accuracy_is_that_of_the_first_epoch_that_reaches_it(tmp_
     monkeypatch.setattr(benchmarks, "_plain_marks", lambda *args: [(4., 10.), (5., 29.), (6., 50.)])
     row, = benchmarks.time_to_accuracy(data, 1, once, target=30.)
     assert (row["ours"], row["best_peer_ratio"], row["unit"]) == (2, 3, "seconds to 30 % on validation images")
+
+
+def test_the_profile_divides_the_whole_step():
+    rows = {r["measure"].split("/")[1]: r["ours"] for r in benchmarks.profile(None, steps=1, batch=2)}
+    assert sum(rows.values()) == pytest.approx(100, abs=.3) and rows["convolution"] > rows["batch normalisation"] > 0
