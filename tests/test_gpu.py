@@ -66,7 +66,7 @@ def steps(objective, cuda_graph, n=8):
     "Weights and losses after some steps, and the run."
     seed_everything(0)
     model = build_model("resnet18", 4, boxes=getattr(objective, "func", objective) is multi_task_loss)
-    run = _set_up(model, images(), images(8), objective, None, Training(4, 16, lr=.001, precision="fp32", cuda_graph=cuda_graph), 0, "cuda", None)
+    run = _set_up(model, images(), images(8), objective, None, Training(4, 16, lr=.001, precision="fp32", cuda_graph=cuda_graph), 0, "cuda", None, None)
     model.train(); torch.manual_seed(1); run.choose_passes(1)
     losses = [float(_step(run, batch)) for epoch in range(2) for batch in run.batches.epoch(1)][:n]
     return weights(model), losses, run
