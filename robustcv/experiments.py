@@ -99,6 +99,7 @@ def _home(run, scale, seed, about, folder):
     return Path(folder)/scale.name/f"{run.model}-{seed}-{id[:8]}"
 
 def _is_trained(home): return (home/"history.json").is_file() # which is written last
+def _lock(home): return home.parent/".locks"/home.name # of whoever trains it
 
 # %% ../nbs/20_experiments.ipynb #c8982f4e
 def network(run:Run, seed:int, at:Setting) -> tuple: # `Classifier` in evaluation mode, and its learning curve as a data frame
@@ -106,7 +107,7 @@ def network(run:Run, seed:int, at:Setting) -> tuple: # `Classifier` in evaluatio
     if run.members: return Ensemble({" / ".join(m): _network_of(*m, seed, at) for m in run.members}), pd.DataFrame()
     where = _home(run, at.scale, seed, at.about, at.folder)
     if agreed(not _is_trained(where)): # some processes may be here before others
-        with alone_with(where.parent/".locks"/where.name):
+        with alone_with(_lock(where)):
             if agreed(not _is_trained(where)): _train_and_keep(run, seed, at, where)
     try: history = pd.DataFrame(json.loads((where/"history.json").read_text()))
     except ValueError as e: raise ValueError(f"{where/'history.json'}: damaged ({e}); remove the folder {where} to train that network again") from None
@@ -336,17 +337,29 @@ def _keep(job, at, seconds, metrics, results):
     record = make_record(job.run.section, job.run.name, at.scale.name, job.config, job.seed, at.about, at.device, seconds, metrics)
     append_record(Path(results)/f"{job.run.section}.jsonl", record)
 
+def _in_training(job, at):
+    "Whether another process trains a network that a job needs."
+    def free(home):
+        with alone_with(_lock(home), wait=False) as free: return free
+    return not all(map(free, _lacking(job.run, job.seed, at.scale, at.about, at.folder)))
+
 def _alone(left, at, results):
-    "Jobs by label, taken out of `left`, each while no other process is at it: first those that are free, then what others have left undone."
-    for wait in (False, True):
+    "Jobs by label, taken out of `left`: while there are any, those that no other process is at, nor at a network for them; else the first of the others."
+    said, wait = set(), False
+    def tell(label, what):
+        if label not in said: said.add(label); at.say(f"{label}: {what}")
+    while left:
+        before = len(left)
         for label, job in list(left.items()):
             if job.status == "on record": del left[label]; at.say(f"{label}: on record"); continue
+            if not wait and _in_training(job, at): tell(label, "another process trains a network for it"); continue
             name = f"{at.scale.name}-{job.run.section}-{job.seed}" if _together(job.run) else job.id
             with alone_with(Path(results)/".locks"/name, wait) as mine:
-                if not mine: at.say(f"{label}: another process is at it"); continue
-                del left[label]
+                if not mine: tell(label, "another process is at it"); continue
+                del left[label]; wait = False
                 if _on_record(job, results): at.say(f"{label}: on record"); continue
                 yield label, job
+        wait = len(left) == before
 
 # %% ../nbs/20_experiments.ipynb #d15a37e0
 def run_sections(sections:list, # names of sections

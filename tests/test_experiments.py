@@ -378,6 +378,18 @@ def test_what_another_process_is_at_is_left_to_it_and_done_if_it_dies(go, tmp_pa
     assert said[2].startswith("[1/2]") and (said[2].endswith("on record") if finished else "validation" in said[2]) and len(said) == 3
     assert len(calls) == (6 if finished else 12) and {r["name"] for r in records} == {"first", "second"}
 
+def test_a_run_whose_network_another_process_trains_comes_last(go, tmp_path):
+    first, _ = go(*TWO, results=tmp_path/"other", folder=tmp_path/"other runs")
+    home, said = experiments._home(TWO[0], SCALES["smoke"], 0, first["data"], tmp_path/"runs"), []
+    experiments._lock(home).parent.mkdir(parents=True)
+    lock = FileLock(f"{experiments._lock(home)}.lock"); lock.acquire()
+    def say(line):
+        said.append(line)
+        if "second" in line: lock.release()
+    go(*TWO, say=say)
+    assert said[0] == "[1/2] tiny / first, seed 0, scale smoke: another process trains a network for it"
+    assert [line[:5] for line in said[1:]] == ["[2/2]", "[1/2]"] and all("validation" in line for line in said[1:])
+
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_processes_started_one_by_one_do_nothing_twice(go, tmp_path):
     context = multiprocessing.get_context("fork"); out = context.Queue()
