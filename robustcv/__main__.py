@@ -226,12 +226,23 @@ def _there(texts, scale, options):
     "Texts whose commands go on where these records are."
     return texts.str.replace(f"--scale {scale}", f"--scale {scale} {options}", regex=False)
 
-def _show_claims(frame):
-    "A paragraph a claim, as wide as the terminal."
+def _show_indented(start, text):
+    "A paragraph as wide as the terminal, 19 characters to the right but for its start."
     width = max(60, shutil.get_terminal_size((120, 24)).columns)
-    for claim, statement, found, said in frame.itertuples(index=False):
-        for start, text in ((f"{claim:4} {said:13} ", statement), (" "*19, found)):
-            print(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" "*19, break_on_hyphens=False))
+    print(textwrap.fill(text, width, initial_indent=f"{start:19}", subsequent_indent=" "*19, break_on_hyphens=False))
+
+def _show_claims(frame):
+    "A paragraph a claim."
+    for claim, statement, found, said in frame.itertuples(index=False): _show_indented(f"{claim:4} {said}", statement); _show_indented("", found)
+
+def _show_ledger(frame):
+    "A paragraph a claim, and a line for each of its comparisons."
+    for claim, rows in frame.groupby("claim", sort=False):
+        _show_indented(f"{claim:4} {rows.verdict.iloc[0]}", rows.statement.iloc[0])
+        for r in rows.to_dict("records"):
+            if pd.isna(r["points"]): print(f"{'':19}{r['comparison']}"); continue # whole, so that its command can be copied
+            seeds = f"{r['seeds']} seed{'s' if r['seeds'] > 1 else ''}"
+            print(f"{'':19}{r['points']:+6.1f}  {r['interval']:16} {seeds:8} {r['comparison verdict']:13} {r['comparison']}")
 
 def _show_wide(frame): print(frame.to_string(float_format=lambda v: f"{v:.0f}", na_rep=""))
 
@@ -306,7 +317,7 @@ def claims(scale:str=typer.Option("lite", help=_SCALES_HELP),
     if as_json: print(found.to_json(orient="records", force_ascii=False, indent=1)); return
     if as_markdown: print(markdown(found.fillna(""))); return
     print(f"{caption(records)}{_drawn(records)}")
-    _show(found[["claim", "comparison", "points", "interval", "seeds", "comparison verdict", "verdict"]].fillna(""))
+    _show_ledger(found)
 
 # %% ../nbs/40_command_line.ipynb #0efb7624
 @command(app, "scoreboard")
