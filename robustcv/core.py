@@ -361,7 +361,7 @@ def set_style():
 
 COLORS = {"baseline": ".5", "plain": ".5", "ResNet-18, not augmented": ".5", "flip + crop": "C0", "ResNet-18": "C0", "E": "C1", "FE": "C2", "FCE": "C4",
           "data": "#882255", "adversarial data": "#882255", "objective": "C3", "adversarial objective": "C3", "PGD": "C5", "TRADES": "#117733",
-          "FGSM-RS": "#44AA99", "free": "#AA4499", "data, least likely, ε drawn": "#661100", "AugMix, no JSD": "C9", "α = 0.01": "#332288",
+          "FGSM-RS": "#44AA99", "free": "#AA4499", "data, least likely, ε drawn": "#661100", "AugMix, no JSD": "C9", "AugMix": "#DDCC77", "α = 0.01": "#332288",
           "stability": "#332288", "two phases": "#999933", "symmetry": "#999933", "ensemble": ".15"} # of models in several figures
 
 def model_colors(names) -> dict: # name to a matplotlib colour

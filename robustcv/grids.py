@@ -19,7 +19,7 @@ from .core import Scale, choose, normalized
 from .multi_task import multi_task_loss
 from .random_erase import GaussianDistortion, RandomErase
 from .recipe import mixed_loss
-from .stability import RandomNoise, stability_loss
+from .stability import RandomNoise, augmix_loss, stability_loss
 from .training import Training, cross_entropy
 from .affine import RandomAffine, RandomRotation
 from .transforms import (Compose, Pad, PerImage, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip,
@@ -102,13 +102,14 @@ def adversarial() -> list[Run]:
 
 # %% ../nbs/19_grids.ipynb #a2244db5
 def stable() -> list[Run]:
-    "Stability training over its weight (at 0, noisy copies only pass through batch normalisation) and its noise; noise, and AugMix, as augmentations."
+    "Stability training over its weight (at 0, noisy copies only pass through batch normalisation) and its noise; noise, and AugMix, as augmentations; AugMix."
     augment = baseline()[0].transform
     weights = {f"α = {a:g}": partial(stability_loss, alpha=a) for a in (0., .001, .01, .1, 1.)}
     noises = {f"σ = {s:g}": partial(stability_loss, std=normalized(s)) for s in (.05, .2, .4)}
     return [Run("stability", "baseline", transform=augment), *[Run("stability", n, transform=augment, objective=o) for n, o in (weights | noises).items()],
             *[Run("stability", f"noise {s:g}", transform=Compose(augment, RandomNoise(normalized(s)))) for s in (.1, .4)],
-            Run("stability", "AugMix, no JSD", transform=Compose(augment, PerImage(v2.AugMix())))]
+            Run("stability", "AugMix, no JSD", transform=Compose(augment, PerImage(v2.AugMix()))),
+            Run("stability", "AugMix", transform=augment, objective=augmix_loss)]
 
 def symmetric() -> list[Run]:
     "The upright baseline, retrained from each stage on."
@@ -140,7 +141,8 @@ def together() -> list[Run]:
 def strongest() -> list[Run]:
     "Networks of other sections that claim to be robust, under all that can be held against them; the ensemble, too."
     others = {"baseline": ("baseline", "flip + crop"), **KEPT, "adversarial objective": ("adversarial_training", "objective"),
-              "PGD": ("adversarial_training", "PGD"), "TRADES": ("adversarial_training", "TRADES"), "AugMix, no JSD": ("stability", "AugMix, no JSD")}
+              "PGD": ("adversarial_training", "PGD"), "TRADES": ("adversarial_training", "TRADES"), "AugMix": ("stability", "AugMix"),
+              "AugMix, no JSD": ("stability", "AugMix, no JSD")}
     source = (("fgsm", "DenseNet-121"),)
     return [*[replace(find_run(*m), section="robustness", name=n, sources=source) for n, m in others.items()],
             Run("robustness", "ensemble", members=tuple(KEPT.values()), sources=source)]

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from robustcv import benchmarks
+from robustcv import benchmarks, scaling
 from robustcv.synthetic import make_synthetic
 from robustcv.training import Training
 
@@ -113,5 +113,5 @@ def test_the_time_to_an_accuracy_is_that_of_the_first_epoch_that_reaches_it(tmp_
 
 
 def test_the_profile_divides_the_whole_step():
-    rows = {r["measure"].split("/")[1]: r["ours"] for r in benchmarks.profile(None, steps=1, batch=2)}
+    rows = {r["measure"].split("/")[1]: r["ours"] for r in scaling.profile(None, steps=1, batch=2)}
     assert sum(rows.values()) == pytest.approx(100, abs=.3) and rows["convolution"] > rows["batch normalisation"] > 0

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from hypothesis import given, strategies as st
+from scipy.spatial.distance import jensenshannon
 from scipy.stats import binom, norm
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
@@ -15,8 +16,8 @@ from robustcv.core import generator, normalized
 from robustcv.data import Batch, ImageSet
 from robustcv.perturbations import Perturbation
 from robustcv.evaluation import evaluate, measure_certificates, spread_over
-from robustcv.stability import (SEVERITIES, RandomNoise, add_noise, certified_accuracy, certify, corrupt, defocus, divergence, jpeg, lower_bound, pixelate,
-                                rescale, salt_and_pepper, shot_noise, stability_loss, uniform_noise)
+from robustcv.stability import (SEVERITIES, RandomNoise, add_noise, augmix_loss, certified_accuracy, certify, corrupt, defocus, divergence, jensen_shannon,
+                                jpeg, lower_bound, pixelate, rescale, salt_and_pepper, shot_noise, stability_loss, uniform_noise)
 
 X = torch.rand(8, 3, 8, 8, generator=generator(0))
 BATCH = Batch(X, torch.arange(8) % 4, None, torch.arange(8))
@@ -41,6 +42,28 @@ def test_without_weight_or_noise_it_is_the_cross_entropy(net):
     plain = F.cross_entropy(net(X), BATCH.labels, label_smoothing=.1)
     torch.testing.assert_close(stability_loss(net, BATCH, alpha=0.), plain)
     torch.testing.assert_close(stability_loss(net, BATCH, alpha=5., std=0.), plain)
+
+def test_the_divergence_of_several_is_scipys_for_two_and_lies_between_0_and_log_3():
+    a, b, c = torch.randn(3, 8, 5, generator=generator(0)).double()
+    expected = jensenshannon(a.softmax(1), b.softmax(1), axis=1)**2
+    np.testing.assert_allclose(jensen_shannon(a, b), expected, rtol=1e-9)
+    torch.testing.assert_close(jensen_shannon(a, b, c), jensen_shannon(c + 3, a, b))
+    torch.testing.assert_close(jensen_shannon(a, a, a), torch.zeros(8, dtype=torch.double))
+    torch.testing.assert_close(jensen_shannon(*100*torch.eye(3)[:, None]), torch.tensor([math.log(3)]))
+
+def test_the_loss_of_augmix_is_its_definition(net):
+    torch.manual_seed(1); loss = augmix_loss(net, BATCH, mix=lambda x: x + .1*torch.randn_like(x))
+    torch.manual_seed(1); ps = [net(v).softmax(1) for v in (X, X + .1*torch.randn_like(X), X + .1*torch.randn_like(X))]
+    mean = sum(ps)/3
+    js = sum((p*(p.log() - mean.log())).sum(1).mean() for p in ps)/3
+    torch.testing.assert_close(loss, F.cross_entropy(net(X), BATCH.labels, label_smoothing=.1) + 12*js)
+    with pytest.raises(ValueError, match="alpha=-1: a weight that is not negative"): augmix_loss(net, BATCH, alpha=-1)
+
+def test_mixtures_differ_and_are_drawn_from_torchs_own_chance(net):
+    torch.manual_seed(1); one = augmix_loss(net, BATCH); torch.manual_seed(1); again = augmix_loss(net, BATCH)
+    plain = F.cross_entropy(net(X), BATCH.labels, label_smoothing=.1)
+    assert one.equal(again) and one > plain and not augmix_loss(net, BATCH).equal(one)
+    one.backward(); assert net[1].weight.grad.abs().sum() > 0
 
 def test_a_detached_reference_has_no_gradient_of_its_own(net):
     def gradient(**kwargs):
