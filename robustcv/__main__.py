@@ -95,7 +95,7 @@ def _own_folder(out):
     "A folder in which this process alone trains, and where no other run's model is overwritten."
     with disk_errors(out): out.mkdir(parents=True, exist_ok=True)
     if (out/"model.safetensors").exists() and not (out/"state.pt").exists():
-        raise FileExistsError(f"{out/'model.safetensors'}: is there, without the checkpoint that it came from; move it away, or choose another folder")
+        raise FileExistsError(f"{out/'model.safetensors'}: is there, without the checkpoint that it came from; move {out} away, or choose another folder")
     with alone_with(out/".training", wait=False) as free:
         if not free: raise RuntimeError(f"{out}: another process is training there; choose another folder, or wait until it is done")
         yield
@@ -118,6 +118,7 @@ def train(data:Path=typer.Argument(..., help="Images: Tiny ImageNet, train/ and 
           device:str=typer.Option(None, help="'cpu', 'cuda', 'cuda:1'; default: the best there is.")):
     "Train a classifier; run the same command again to continue after an interruption.\n\nExample: `robustcv train photos --epochs 20 --out runs/photos`"
     images, valid = load_data(data, size)
+    if len(images.classes) < 2: raise ValueError(f"{data}: one class ('{images.classes[0]}') alone; give the folder with a sub-folder for each of several")
     settings = Training(epochs=epochs, batch_size=min(batch_size, len(images)), lr=lr, precision=precision)
     transform = Compose(RandomHorizontalFlip(), RandomCrop(size, max(1, size//16), "reflect")) if augment else None
     seed_everything(seed)
@@ -147,10 +148,10 @@ def evaluate_model(model:Path=typer.Argument(..., help="File written by `robustc
         raise ValueError(f"{model}: was trained on {len(net.classes)} classes ({', '.join(net.classes[:3])}, …); "
                          f"{data} has {len(valid.classes)} ({', '.join(valid.classes[:3])}, …)")
     result = evaluate(net, valid, precision=precision, device=device)
+    _show(result[COLUMNS[:8]]) # first, so that it is seen whatever becomes of the file
     if out:
         with atomic_path(out) as part:
             part.write_text(json.dumps(dict(model=str(model), data=str(data), fingerprint=valid.fingerprint, evaluation=pack(result))))
-    _show(result[COLUMNS[:8]])
     if other is not None and (pairs := _pairs(other, result, against)):
         _show(pd.DataFrame([dict(perturbation=p, strength=s, **compare(a, b)) for p, s, a, b in pairs]))
 
@@ -197,15 +198,16 @@ def run(sections:list[str]=typer.Argument(..., help=f"Some of: {', '.join(SECTIO
     records = run_sections(names, scale, data, chosen, results, folder, device, only or None)
     for name in dict.fromkeys(r["section"] for r in records):
         own = [r for r in records if r["section"] == name]
-        print(f"\n{name}: {caption(own)}"); _show(table(own))
+        print(); _show_text(f"{name}: {caption(own)}"); _show(table(own))
 
 # %% ../nbs/40_command_line.ipynb #e5eb2787
 def _sum_up(jobs):
     "How much of a plan is left, in a line."
     left = [j for j in jobs if j.status != "on record"]
-    hours, unknown = sum(j.seconds for j in left if j.seconds == j.seconds)/3600, sum(j.seconds != j.seconds for j in left)
-    return (f"{len(jobs)} runs, {len(jobs) - len(left)} on record; the rest takes about {hours:.1f} h"
-            + (f" and {unknown} runs of unknown length" if unknown else ""))
+    seconds, unknown = sum(j.seconds for j in left if j.seconds == j.seconds), sum(j.seconds != j.seconds for j in left)
+    known = f"the rest takes about {f'{seconds/3600:.1f} h' if seconds > 5400 else f'{seconds/60:.0f} min'}" if unknown < len(left) else ""
+    strange = f"{unknown} runs are of unknown length" if unknown else ""
+    return "; ".join(filter(None, (f"{len(jobs)} runs, {len(jobs) - len(left)} on record", known, strange)))
 
 # %% ../nbs/40_command_line.ipynb #d34da6f2
 @command(app)
@@ -216,7 +218,7 @@ def demo(scale:str=typer.Option("demo", help=_SCALES_HELP),
     records = run_sections(list(DEMO), scale, data, results=out/"results", folder=out/"runs", names=DEMO)
     if not main_process(): return
     figures = [f for s in DEMO for f in draw_figures([r for r in records if r["section"] == s], out/"figures")] + draw_summary(records, out/"figures")
-    print(f"\n{caption(records)}\n\naccuracy in %:"); _show_wide(scoreboard(records))
+    print(); _show_text(caption(records)); print("\naccuracy in %:"); _show_wide(scoreboard(records))
     claims = summary_table(records).apply(_there, args=(scale, f"--results {out/'results'} --folder {out/'runs'}"))
     print(f"\nthe article's claims{_drawn(records)}, with effects in points:"); _show_claims(claims)
     print(f"\nrecords: {out/'results'} ({len(records)})   models: {out/'runs'}   figures: {out/'figures'} ({len(figures)})")
@@ -226,10 +228,12 @@ def _there(texts, scale, options):
     "Texts whose commands go on where these records are."
     return texts.str.replace(f"--scale {scale}", f"--scale {scale} {options}", regex=False)
 
+def _width(): return max(60, shutil.get_terminal_size((120, 24)).columns)
+def _show_text(text): print(textwrap.fill(text, _width(), break_on_hyphens=False))
+
 def _show_indented(start, text):
     "A paragraph as wide as the terminal, 19 characters to the right but for its start."
-    width = max(60, shutil.get_terminal_size((120, 24)).columns)
-    print(textwrap.fill(text, width, initial_indent=f"{start:19}", subsequent_indent=" "*19, break_on_hyphens=False))
+    print(textwrap.fill(text, _width(), initial_indent=f"{start:19}", subsequent_indent=" "*19, break_on_hyphens=False))
 
 def _show_claims(frame):
     "A paragraph a claim."
@@ -244,7 +248,9 @@ def _show_ledger(frame):
             seeds = f"{r['seeds']} seed{'s' if r['seeds'] > 1 else ''}"
             print(f"{'':19}{r['points']:+6.1f}  {r['interval']:16} {seeds:8} {r['comparison verdict']:13} {r['comparison']}")
 
-def _show_wide(frame): print(frame.to_string(float_format=lambda v: f"{v:.0f}", na_rep=""))
+def _show_wide(frame):
+    "A table, in several parts where the terminal is narrower."
+    print(frame.dropna(axis=1, how="all").to_string(float_format=lambda v: f"{v:.0f}", na_rep="", line_width=_width()))
 
 def _drawn(records): return " on drawn images, which are no evidence about natural ones" if records[0]["data"]["synthetic"] else ""
 
@@ -282,7 +288,10 @@ def _check_whole(record, results):
 def _on_record(results, scale):
     "The records of a scale; of several data sets those of the first, with a warning, so that one statistic never mixes two."
     records = [r for r in load_records(results) if r["scale"] == choose("scale", scale, SCALES)]
-    if not records: raise ValueError(f"{results}: no records at scale '{scale}'; make some with `robustcv run`")
+    if not records:
+        there = list(dict.fromkeys(r["scale"] for r in load_records(results)))
+        others = f"there are some at {', '.join(there)}: --scale {there[0]}" if there else f"make some with `robustcv run … --scale {scale}`"
+        raise ValueError(f"{results}: no records at scale '{scale}'; {others}" if results.is_dir() else f"{results}: no such folder of records; {others}")
     for r in records: _check_whole(r, results)
     own = [r for r in records if r["data"]["fingerprint"] == records[0]["data"]["fingerprint"]]
     if len(own) < len(records):
@@ -316,7 +325,7 @@ def claims(scale:str=typer.Option("lite", help=_SCALES_HELP),
     if results != Path("results"): found["comparison"] = _there(found["comparison"], scale, f"--results {shlex.quote(str(results))}")
     if as_json: print(found.to_json(orient="records", force_ascii=False, indent=1)); return
     if as_markdown: print(markdown(found.fillna(""))); return
-    print(f"{caption(records)}{_drawn(records)}")
+    _show_text(caption(records))
     _show_ledger(found)
 
 # %% ../nbs/40_command_line.ipynb #0efb7624
@@ -327,7 +336,7 @@ def show_scoreboard(scale:str=typer.Option("lite", help=_SCALES_HELP),
     "Models by perturbations, with mean and worst case.\n\nExample: `robustcv scoreboard --scale lite --out scoreboard.png`"
     records = _on_record(results, scale)
     board = scoreboard(records)
-    print(f"{caption(records)}{_drawn(records)}\naccuracy in %:"); _show_wide(board)
+    _show_text(caption(records)); print("accuracy in %:"); _show_wide(board)
     if out:
         set_style()
         with atomic_path(out) as part: plot_scoreboard(board).figure.savefig(part, format="png")

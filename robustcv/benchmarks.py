@@ -374,7 +374,8 @@ def _plain_marks(data, classes, per_class, config):
     valid, shift = subset(load_data(data, 64)[1], classes, per_class), [torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
     model = resnet18(num_classes=len(valid.classes)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.epochs*len(loader), pct_start=config.warmup)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.epochs*len(loader), pct_start=config.warmup,
+                                                   cycle_momentum=False)
     for _ in range(config.epochs):
         model.train()
         for x, y in loader:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
@@ -53,7 +53,8 @@ def _read_image(path, size):
             if size and im.size != (size, size): im = ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
             return np.asarray(im).transpose(2, 0, 1), digest
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path}: not a readable image ({e})") from None
+        what = "in no format that Pillow knows" if isinstance(e, UnidentifiedImageError) else e
+        raise ValueError(f"{path}: not a readable image ({what})") from None
 
 # %% ../nbs/01a_cache.ipynb #63010da9
 def _decode(job):
@@ -64,7 +65,7 @@ def _decode(job):
         try: image, digest = _read_image(file, size)
         except (OSError, ValueError) as e: errors.append(str(e)); continue
         if image.shape != shape:
-            errors.append(f"{file}: {image.shape[2]}×{image.shape[1]} pixels where others have {shape[2]}×{shape[1]}: pass size= to resize them all")
+            errors.append(f"{file}: {image.shape[2]}×{image.shape[1]} pixels where others have {shape[2]}×{shape[1]}")
         else: pixels[i] = image; digests.append(digest)
     with open(part, "rb+") as f: f.seek(offset); f.write(pixels)
     return digests, errors
@@ -88,7 +89,10 @@ def _decode_all(files, size, part, offset, shape, workers):
     errors = [e for _, es in done for e in es]
     if errors:
         more = f"\n… and {len(errors) - 5} more" if len(errors) > 5 else ""
-        raise ValueError(f"{len(errors)} of {len(files)} image files cannot be used; replace or remove them:\n" + "\n".join(errors[:5]) + more)
+        odd = sum(" pixels where others have " in e for e in errors)
+        remedy = "are of other sizes; give size= (--size) to resize all" if odd == len(errors) else "cannot be used; replace or remove them"
+        if 0 < odd < len(errors): remedy += ", and give size= (--size) where only sizes differ"
+        raise ValueError(f"{len(errors)} of {len(files)} image files {remedy}:\n" + "\n".join(errors[:5]) + more)
     return b"".join(d for ds, _ in done for d in ds)
 
 def _end_with_parent():

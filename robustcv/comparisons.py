@@ -93,7 +93,7 @@ def seed_spread(records:list, # of any runs
     shared = tuple(p for p in conditions(where) if measured and all(p in m for m in measured)) # a mean over fewer varies more, if anything
     if found[1] < enough and len(shared) > 1: found = _seed_variance(networks, shared, was)
     if found[1] < enough:
-        each = [_seed_variance(networks, p, was) for p in set().union(*measured)]
+        each = [_seed_variance(networks, p, was) for p in set().union(*measured) - set(conditions(was) if was else ())]
         found = sum(v*df for v, df in each)/max(1, sum(df for _, df in each)), max((df for _, df in each), default=0)
     return known_spread((math.sqrt(max(0., found[0])), found[1]))
 

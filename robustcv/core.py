@@ -160,13 +160,17 @@ SCALES = SIZES | {s.name: s for s in (replace(s, name=f"{n}-pretrained", lr=s.lr
 @contextmanager
 def disk_errors(path, # what is being written
                ): # context manager
-    "Turn a full or closed disk into an `OSError` that names the path and the remedy."
+    "Turn a full or closed disk, and files where folders are needed, into an `OSError` that names the path and the remedy."
     try: yield
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS): raise
-        what = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "give yourself the right to write there"
-        raise OSError(e.errno, f"cannot write {path}: {os.strerror(e.errno)}; {what} or choose another folder "
-                      "(for the cache: the environment variable ROBUSTCV_CACHE or the argument cache=)") from None
+        if e.errno not in _REMEDIES: raise
+        cache = "" if e.errno in _IN_THE_WAY else " (for the cache: the environment variable ROBUSTCV_CACHE or the argument cache=)"
+        raise OSError(e.errno, f"cannot write {path}: {os.strerror(e.errno)}; {_REMEDIES[e.errno]} or choose another folder{cache}") from None
+
+_IN_THE_WAY = {errno.EEXIST: "move away the file that is where a folder is needed", errno.ENOTDIR: "move away the file that is where a folder is needed",
+               errno.EISDIR: "move away the folder of that name"}
+_REMEDIES = _IN_THE_WAY | dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space") | \
+    dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give yourself the right to write there")
 
 # %% ../nbs/00_core.ipynb #0c736244
 @contextmanager
@@ -189,8 +193,9 @@ def temporary_folder(path, # the folder that is to be
                     ): # yields another one beside it, which is removed afterwards
     "Where a folder is built before it is moved into place."
     path = Path(path); part = _part(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path); part.mkdir()
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path); part.mkdir()
     try: yield part
     finally: shutil.rmtree(part, ignore_errors=True)
 
@@ -213,9 +218,10 @@ def alone_with(path, # of the file that is locked
               ): # yields whether this process, or the group that was launched with it, is the one
     "Keep processes that were started one by one from doing the same work twice."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: yield True; return # those that were launched together do the same
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock", timeout=-1 if wait else 0)
-    try: lock.acquire()
+    with disk_errors(path): Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk_errors(path): lock.acquire()
     except Timeout: yield False; return
     try: yield True
     finally: lock.release()

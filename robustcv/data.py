@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'SPLITS', 'ImageSet', 'known_boxes', 'take', 'subset', 'split', 'load_tiny_imagenet', 'load_folder',
-           'load_data', 'Batch', 'Batches', 'show_images']
+           'load_data', 'in_both', 'Batch', 'Batches', 'show_images']
 
 # %% ../nbs/01_data.ipynb #78db230e
-import hashlib, json, os
+import hashlib, json, os, warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -221,15 +222,20 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"} 
 def _scan_folder(root):
     classes = sorted(d for d in os.listdir(root) if (root/d).is_dir() and not d.startswith("."))
     if not classes: raise FileNotFoundError(f"{root}: no class folders; expected one sub-folder a class, with the images in it")
-    files, labels = [], []
+    files, labels, others = [], [], Counter()
     stamps = stamp(root, *(Path(folder) for c in classes for folder, _ in _walk(root/c)))
     for label, c in enumerate(classes):
         before = len(files)
         for folder, names in _walk(root/c):
-            new = [os.path.join(folder, f) for f in sorted(names) if os.path.splitext(f)[1].lower() in EXTENSIONS and not f.startswith(".")]
+            seen = {f: os.path.splitext(f)[1].lower() for f in sorted(names) if not f.startswith(".")}
+            new = [os.path.join(folder, f) for f, end in seen.items() if end in EXTENSIONS]
+            others.update(end or "without an ending" for end in seen.values() if end not in EXTENSIONS)
             files += new; labels += [label]*len(new)
         if len(files) == before:
             raise ValueError(f"{root/c}: class '{c}' has no image ({', '.join(sorted(EXTENSIONS))}); add some or remove the folder")
+    if others:
+        warnings.warn(f"{root}: {others.total()} files are left out ({', '.join(f'{n} {end}' for end, n in others.most_common(5))}); "
+                      f"images end with {', '.join(sorted(EXTENSIONS))}", stacklevel=2)
     meta = {"classes": classes, "synthetic": False, "stamp": {str(p.relative_to(root)): s for p, s in stamps.items()}}
     return files, np.array(labels, np.int64), None, meta
 
@@ -269,20 +275,31 @@ def load_data(path, # Tiny ImageNet, a folder with train/ and val/ (or valid/, v
         except ValueError: # such as images of several sizes
             if size is None: raise
         else:
-            if size is None or all(s.images.shape[2:] == (size, size) for s in pair): return pair # one cache serves both spellings
-        return tuple(load_tiny_imagenet(path, s, size=size, **kwargs) for s in ("train", "val"))
+            if size is None or all(s.images.shape[2:] == (size, size) for s in pair): return _told_apart(*pair) # one cache serves both spellings
+        return _told_apart(*(load_tiny_imagenet(path, s, size=size, **kwargs) for s in ("train", "val")))
     for val in ("val", "valid", "validation"):
         if (path/"train").is_dir() and (path/val).is_dir():
             pair = tuple(load_folder(path/s, size, **kwargs) for s in ("train", val))
             if pair[0].classes != pair[1].classes:
                 odd = set(pair[0].classes) ^ set(pair[1].classes)
                 raise ValueError(f"{path}: train and {val} have different classes: {', '.join(sorted(odd)[:5])} in one of them only")
-            return pair
+            return _told_apart(*pair)
     parts = [d for d in sorted(path.iterdir()) if d.is_dir() and d.name[0] != "."]
     if parts and all(d.name.lower() in SPLITS for d in parts):
         raise ValueError(f"{path}: holds {', '.join(d.name for d in parts)}, which look like parts of a data set and not like classes; name them train and val "
                          "(or valid, or validation), or give the one with the training images, of which a share is kept to measure on")
-    return split(load_folder(path, size, **kwargs), fraction)
+    return _told_apart(*split(load_folder(path, size, **kwargs), fraction))
+
+def in_both(train:ImageSet, valid:ImageSet) -> Tensor: # bool (N,), for each image of `valid`
+    "Which validation images are training images, too, byte for byte."
+    return torch.isin(*(s.digests.contiguous().view(torch.int64).flatten() for s in (valid, train)))
+
+def _told_apart(train, valid, share=.01):
+    "The two sets, with a warning where more than a share of what is measured on is learnt from."
+    if (n := int(in_both(train, valid).sum())) > share*len(valid):
+        warnings.warn(f"{valid.name}: {n} of {len(valid)} validation images are training images, too, byte for byte: accuracy on them says nothing "
+                      "about new ones; remove the copies", stacklevel=3)
+    return train, valid
 
 # %% ../nbs/01_data.ipynb #a4dbd01a
 @dataclass

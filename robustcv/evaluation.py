@@ -93,6 +93,9 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     "Accuracy under each perturbation, on the same images and with the same noise for every model; with half as many images at a time when memory runs out."
     perturbations = standard_perturbations() if perturbations is None else list(perturbations)
     if not len(images): raise ValueError(f"images: {images.name} is empty")
+    for p in perturbations:
+        if not isinstance(p, Perturbation): raise ValueError(f"perturbations: {p!r} is none; see `standard_perturbations()`")
+    if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size={batch_size}: at least 1")
     device = pick_device(device)
     batch_size = batch_size or at_a_time(device)
     with torch.inference_mode(False): # also where the caller is in it: attacks need gradients
@@ -288,7 +291,7 @@ def plot_bars(tables:dict, # name to an evaluation
     "Accuracy under every perturbation with 95 % intervals: a group a perturbation, a colour a model."
     import matplotlib.pyplot as plt
     first = next(iter(tables.values()))
-    ax = ax or plt.subplots(figsize=(9, 3.4))[1]
+    ax = ax or plt.subplots(figsize=(9, 4.2), layout="constrained")[1]
     width, colors = 0.8/len(tables), model_colors(tables)
     for i, (name, t) in enumerate(tables.items()):
         at = np.arange(len(t)) + (i - (len(tables) - 1)/2)*width
@@ -306,7 +309,7 @@ def plot_strength(tables:dict, # name to an evaluation
                  ): # the axes
     "Accuracy against the strength of one perturbation, with 95 % bands."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(4, 3))[1]
+    ax = ax or plt.subplots(figsize=(4, 3), layout="constrained")[1]
     colors = model_colors(tables)
     for name, t in tables.items():
         rows = t[t.perturbation == perturbation].sort_values("strength")
@@ -337,7 +340,7 @@ def plot_confusions(table:pd.DataFrame, # an evaluation with its column `predict
     change = 100*(counts[1] - counts[0])/np.maximum(1, np.bincount(y, minlength=k))[:, None]
     rows = np.argsort(change.diagonal())[:worst]
     columns = list(dict.fromkeys([*map(int, rows), *(int(change[r].argmax()) for r in rows)]))
-    ax = ax or plt.subplots(figsize=(1.5 + .6*len(columns), .8 + .4*len(rows)))[1]
+    ax = ax or plt.subplots(figsize=(1.5 + .6*len(columns), .8 + .4*len(rows)), layout="constrained")[1]
     sns.heatmap(change[np.ix_(rows, columns)], cmap="vlag", center=0, annot=True, fmt=".0f", ax=ax, cbar_kws={"label": "change (points)"},
                 xticklabels=[names[c] for c in columns], yticklabels=[images.classes[r] for r in rows], annot_kws={"size": 8})
     ax.set(xlabel="predicted", ylabel="true", title=f"{labelled(perturbation, strength, pair[1].unit.iloc[0])}: change of the predictions")

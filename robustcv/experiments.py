@@ -266,7 +266,7 @@ def plan(sections:list, # names of sections
         ) -> list: # of `Job`
     "What a grid of runs consists of, and how far it has come."
     records = [r for r in load_records(results) if r["scale"] == scale.name]
-    done, there, jobs, seeds = {r["id"] for r in records}, set(), [], scale.seeds if seeds is None else [int(s) for s in seeds]
+    done, there, jobs, seeds = {r["id"] for r in records}, set(), [], scale.seeds if seeds is None else list(dict.fromkeys(int(s) for s in seeds))
     for run, seed in ((r, s) for r in _chosen(sections, names) for s in seeds if boxes or not r.boxes):
         config, id = _identity(run, scale, seed, about)
         lacks = _lacking(run, seed, scale, about, folder) - there
@@ -315,12 +315,12 @@ def _left(jobs, spent):
 # %% ../nbs/20_experiments.ipynb #ced67418
 def _together(run): return run.members and run.section not in ATTACKED # all ensembles of a seed; one that is attacked has to be there by itself
 
-def _carried_out(job, others, at, pooled):
-    "The metrics of a job, and the seconds that it took; `pooled`: seed to what was measured of all ensembles at once."
+def _carried_out(job, others, at, pooled, results):
+    "The metrics of a job, and the seconds that it took; `pooled`: seed to what was measured of all ensembles at once, but for those on record."
     start, run, seed = time.perf_counter(), job.run, job.seed
     if not _together(run): return train_run(run, seed, at), time.perf_counter() - start
     if seed not in pooled:
-        some = [run] + [j.run for j in others if _together(j.run) and j.run.section == run.section and j.seed == seed and j.status != "on record"]
+        some = [run] + [j.run for j in others if _together(j.run) and j.run.section == run.section and j.seed == seed and not _on_record(j, results)]
         pooled[seed] = measure_members(some, seed, at), (time.perf_counter() - start)/len(some)
     return pooled[seed][0][run.name], pooled[seed][1]
 
@@ -343,23 +343,30 @@ def _in_training(job, at):
         with alone_with(_lock(home), wait=False) as free: return free
     return not all(map(free, _lacking(job.run, job.seed, at.scale, at.about, at.folder)))
 
-def _alone(left, at, results):
-    "Jobs by label, taken out of `left`: while there are any, those that no other process is at, nor at a network for them; else the first of the others."
-    said, wait = set(), False
+def _work(job, at): return f"{at.scale.name}-{job.run.section}-{job.seed}" if _together(job.run) else job.id # what one process does at a time
+
+def _alone(left, at, results, pause=1.):
+    "Jobs by label, taken out of `left` while no other process is at them, nor at a network for them; where all wait for others, look again after a pause."
+    said = set()
     def tell(label, what):
         if label not in said: said.add(label); at.say(f"{label}: {what}")
     while left:
         before = len(left)
         for label, job in list(left.items()):
+            if label not in left: continue # done with one before it
             if job.status == "on record": del left[label]; at.say(f"{label}: on record"); continue
-            if not wait and _in_training(job, at): tell(label, "another process trains a network for it"); continue
-            name = f"{at.scale.name}-{job.run.section}-{job.seed}" if _together(job.run) else job.id
-            with alone_with(Path(results)/".locks"/name, wait) as mine:
-                if not mine: tell(label, "another process is at it"); continue
-                del left[label]; wait = False
-                if _on_record(job, results): at.say(f"{label}: on record"); continue
-                yield label, job
-        wait = len(left) == before
+            if _in_training(job, at): tell(label, "another process trains a network for it"); continue
+            with alone_with(Path(results)/".locks"/_work(job, at), wait=False) as mine:
+                if mine: yield from _undone({l: j for l, j in left.items() if _work(j, at) == _work(job, at)}, left, at, results)
+                else: tell(label, "another process is at it")
+        if len(left) == before: time.sleep(pause)
+
+def _undone(some, left, at, results):
+    "Jobs taken out of `left`, but for those that other processes have done since."
+    for label, job in some.items():
+        del left[label]
+        if _on_record(job, results): at.say(f"{label}: on record")
+        else: yield label, job
 
 # %% ../nbs/20_experiments.ipynb #d15a37e0
 def run_sections(sections:list, # names of sections
@@ -380,11 +387,12 @@ def run_sections(sections:list, # names of sections
     at, spent, pooled = Setting(scale, *scale_data(scale, data, **kwargs), device, Path(folder), say, kwargs), [], {}
     jobs = plan(sections, scale, at.about, seeds, results, folder, names, at.train.boxes is not None)
     wait_for_all() # before the first of them writes a record
+    if not jobs: raise ValueError(f"no run is left: {', '.join(names or sections)} learn boxes, and {at.train.name} has none")
     if at.train.boxes is None: say(f"{at.train.name} has no boxes: runs that learn them are left out")
     left = {f"[{i}/{len(jobs)}] {j.run.section} / {j.run.name}, seed {j.seed}, scale {scale.name}": j for i, j in enumerate(jobs, 1)}
     with closing(_alone(left, at, results)) as free: # whatever happens, a lock is given back
         for label, job in free:
-            metrics, seconds = _carried_out(job, left.values(), at, pooled)
+            metrics, seconds = _carried_out(job, left.values(), at, pooled, results)
             spent.append(seconds)
             if main_process(): _keep(job, at, seconds, metrics, results)
             say(f"{label}: validation {metrics['valid_accuracy']:.1f} %, {seconds:.0f} s{_left(left.values(), spent)}")

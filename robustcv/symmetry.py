@@ -192,7 +192,9 @@ class Symmetrized(nn.Module):
     def forward(self, x:Tensor) -> Tensor: # logits (B,K)
         _check_square(x)
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        out = torch.stack([self.model(apply_symmetry(x, e).contiguous(memory_format=layout)) for e in range(8)])
+        orbit = (apply_symmetry(x, e).contiguous(memory_format=layout) for e in range(8))
+        # in training in one batch, so that batch normalisation sees one distribution; else one by one, in the memory of one
+        out = self.model(torch.cat(list(orbit))).unflatten(0, (8, len(x))) if self.training else torch.stack([self.model(v) for v in orbit])
         return out.mean(0) if self.average == "logits" else out.log_softmax(2).logsumexp(0) - math.log(8)
 
 def symmetrize(model:nn.Module, average:str="logits") -> Symmetrized:

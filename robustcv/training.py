@@ -54,7 +54,10 @@ class Training:
     def __post_init__(self):
         choose("keep", self.keep, ["last", "best"]); choose("precision", self.precision, ["auto", "bf16", "fp32"])
         for name in ("epochs", "batch_size", "replays"):
-            if (v := getattr(self, name)) is not None and (v < 1 or int(v) != v): raise ValueError(f"{name}={v}: a whole number, at least 1")
+            if (v := getattr(self, name)) is not None and (not isinstance(v, int) or v < 1): raise ValueError(f"{name}={v!r}: a whole number, at least 1")
+        for name in ("lr", "momentum", "weight_decay", "warmup"):
+            if not isinstance(v := getattr(self, name), (int, float)): raise ValueError(f"{name}={v!r}: a number")
+        if not 0 <= self.weight_decay < math.inf: raise ValueError(f"weight_decay={self.weight_decay}: not negative")
         if not 0 <= self.momentum < 1: raise ValueError(f"momentum={self.momentum}: from 0 to below 1")
         if not 0 <= self.warmup <= 1: raise ValueError(f"warmup={self.warmup}: a share between 0 and 1")
         if not self.lr > 0: raise ValueError(f"lr={self.lr}: must be positive")
@@ -107,6 +110,12 @@ def _read_state(file, parts):
         return state
     except Exception as e: raise ValueError(f"{file}: damaged ({(str(e) or repr(e)).splitlines()[0][:100]}); remove it to start again") from None
 
+def _differing(old, new):
+    "The names of what differs between two signatures of `fit`, in parentheses; empty where one is none."
+    try: a, b = ({**s.pop("config"), **s} for s in map(json.loads, (old, new)))
+    except (ValueError, KeyError, TypeError, AttributeError): return ""
+    return f" ({', '.join(k for k in {**a, **b} if a.get(k) != b.get(k))})"
+
 # %% ../nbs/04_training.ipynb #51c4ddde
 class Checkpoint:
     "The resumable state of a run, in `folder`; without a folder, only the best weights are kept, in memory."
@@ -132,7 +141,8 @@ class Checkpoint:
         if self.folder is None or not (file := self.folder/"state.pt").is_file(): return 0
         state = _read_state(file, {"signature", "best", "history", *self.parts})
         if state["signature"] != self.signature:
-            raise ValueError(f"{file}: belongs to a run with other settings or data; remove it or choose another folder")
+            raise ValueError(f"{file}: belongs to a run with other settings or data{_differing(state['signature'], self.signature)}; "
+                             f"remove {self.folder} or choose another folder")
         for k, p in self.parts.items(): p.load_state_dict(state[k])
         self.history, self.best = json.loads(state["history"]), state["best"]
         return len(self.history)
@@ -195,10 +205,11 @@ class _Recorded:
 # %% ../nbs/04_training.ipynb #e02546a5
 def _epoch(run, epoch, check_every=50):
     "One pass over the training images; returns its mean loss and speed."
-    run.parallel.train(); torch.manual_seed(derive_seed(run.seed, "epoch", epoch))
+    total, start, replays = 0., time.perf_counter(), run.config.replays or 1
+    own = [run.batches.rank] if run.batches.rank else [] # each process draws for images of its own
+    run.parallel.train(); torch.manual_seed(derive_seed(run.seed, "epoch", epoch, *own))
     run.choose_passes(epoch)
-    rank, total, start, replays = run.batches.rank, 0., time.perf_counter(), run.config.replays or 1
-    gen = generator(run.seed, "transform", epoch, *([rank] if rank else []), device=run.device) # each process transforms images of its own
+    gen = generator(run.seed, "transform", epoch, *own, device=run.device)
     for i, batch in enumerate(run.batches.epoch(epoch), 1):
         images, boxes = _transformed(run.transform, batch, gen)
         batch = replace(batch, images=images.contiguous(memory_format=torch.channels_last), boxes=boxes)
@@ -325,8 +336,13 @@ def _check_parts(objective, transform, folder):
 
 def _check_outputs(model, batches, classes):
     "Refuse a model without a logit for each class before it is trained."
+    few = next(iter(batches)).images[:2].contiguous(memory_format=torch.channels_last)
     with evaluating(model), torch.random.fork_rng([batches.device] if batches.device.type == "cuda" else []), torch.no_grad():
-        out = check_logits(model(next(iter(batches)).images[:2].contiguous(memory_format=torch.channels_last)))
+        try: out = check_logits(model(few))
+        except (RuntimeError, AssertionError) as e:
+            if out_of_memory(e): raise
+            why = (str(e) or repr(e)).splitlines()[0]
+            raise ValueError(f"model: fails on images of {few.shape[3]}×{few.shape[2]} pixels ({why}); if it is made for others, resize: size= (--size)") from e
     if out.ndim != 2 or out.shape[1] < classes: raise ValueError(f"model: returns {tuple(out.shape)} for {len(out)} images; there are {classes} classes")
 
 # %% ../nbs/04_training.ipynb #0d31941e
@@ -365,7 +381,7 @@ def plot_history(histories:dict, # name to the data frame that `fit` returns
                 ): # the axes
     "Training (dashed) and validation (solid) accuracy over the epochs, one colour a run."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(6, 3.2))[1]
+    ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
     colors = model_colors(histories)
     for name, h in histories.items():
         ax.plot(h["epoch"], h["valid_accuracy"], color=colors[name], marker="o", markersize=3, label=name)

@@ -114,4 +114,15 @@ def test_the_time_to_an_accuracy_is_that_of_the_first_epoch_that_reaches_it(tmp_
 
 def test_the_profile_divides_the_whole_step():
     rows = {r["measure"].split("/")[1]: r["ours"] for r in scaling.profile(None, steps=1, batch=2)}
-    assert sum(rows.values()) == pytest.approx(100, abs=.3) and rows["convolution"] > rows["batch normalisation"] > 0
+    assert sum(rows.values()) == pytest.approx(100, abs=.3) and rows["convolution"] > rows["batch normalisation"] > 0 and rows["update of the weights"] > 0
+
+@pytest.mark.parametrize("name, parents, kind", [
+    ("aten::add_", ["Optimizer.step#SGD.step"], "update of the weights"), ("aten::copy_", ["Optimizer.step#SGD.step"], "update of the weights"),
+    ("aten::add_", [], "everything else"), ("aten::clone", ["autograd::engine::evaluate_function: CloneBackward0"], "copies and layouts"),
+    ("aten::mm", ["aten::linear"], "everything else"), ("sm90_xmma_fprop_implicit_gemm_bf16_nhwckrsc_nhwc", [], "convolution"),
+    ("void cudnn::bn_fw_tr_1C11_kernel_NHWC", [], "batch normalisation"), ("max_pool_forward_nhwc", [], "everything else"),
+    ("void cudnn::ops::nchwToNhwcKernel", [], "copies and layouts"), ("multi_tensor_apply_kernel", [], "update of the weights")])
+def test_what_an_operation_does_is_told_by_its_name_or_what_it_is_part_of(name, parents, kind):
+    event = None
+    for n in [*reversed(parents), name]: event = types.SimpleNamespace(name=n, cpu_parent=event)
+    assert scaling._does(event) == kind

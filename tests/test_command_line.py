@@ -1,6 +1,8 @@
 "The command `robustcv`, as a user meets it."
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,9 +186,10 @@ def test_evaluating_on_other_classes_is_refused(tmp_path):
     (("run", "baseline", "--scale", "smoke", "--device", "cuda:99"), "device 'cuda:99' is not here"),
     (("run", "baseline", "--seeds", "0,x"), "seeds=0,x"),
     (("run", "baseline", "--scale", "smoke", "--only", "plane"), "unknown run 'plane': did you mean 'plain'"),
-    (("claims",), "no records at scale 'lite'"),
-    (("scoreboard", "--scale", "smoke"), "no records at scale 'smoke'"),
-    (("figures", "--scale", "smoke"), "no records at scale 'smoke'"),
+    (("claims",), "results: no such folder of records"),
+    (("scoreboard", "--scale", "smoke"), "results: no such folder of records"),
+    (("figures", "--scale", "smoke"), "results: no such folder of records"),
+    (("claims", "--results", "none"), "none: no such folder of records"),
     (("data", "synthetic", "x", "--classes", "99"), "classes"),
 ])
 def test_errors_are_one_line_with_the_culprit(args, says, tmp_path, monkeypatch):
@@ -194,6 +197,32 @@ def test_errors_are_one_line_with_the_culprit(args, says, tmp_path, monkeypatch)
     text = call(*args, code=1)
     assert text.startswith("error: ") and says in text and "Traceback" not in text and len(text.splitlines()) == 1
     assert not list(tmp_path.iterdir()), "a failed command leaves nothing behind"
+
+
+def test_a_measurement_is_shown_whatever_becomes_of_its_file(tmp_path):
+    images = photos(tmp_path / "a")
+    call("train", images, "--size", 32, "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "run")
+    (tmp_path / "out").write_text("in the way")
+    def refuse(path): raise OSError(28, f"cannot write {path}")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("robustcv.__main__.atomic_path", refuse)
+        text = call("evaluate", tmp_path / "run/model.safetensors", images, "--size", 32, "--out", tmp_path / "t.json", code=1)
+    assert "perturbation" in text and "rotation" in text and "cannot write" in text
+
+
+def test_what_cannot_be_done_with_these_images_is_an_error(tmp_path):
+    images = photos(tmp_path / "a")
+    one = tmp_path / "one"; shutil.copytree(images, one / "inner")
+    assert "one class ('inner') alone; give the folder with" in call("train", one, "--size", 32, "--out", tmp_path / "run", code=1)
+    run = ("run", "multi_task", "--only", "multi-task", "--scale", "smoke", "--results", tmp_path / "r", "--folder", tmp_path / "f", "--device", "cpu")
+    assert "no run is left: multi-task learn boxes, and" in call(*run, "--data", images, code=1)
+
+
+def test_records_at_other_scales_are_named(tmp_path):
+    (tmp_path / "results").mkdir()
+    shutil.copy(Path(__file__).parent.parent / "results" / "fgsm.jsonl", tmp_path / "results")
+    text = call("claims", "--scale", "smoke", "--results", tmp_path / "results", code=1)
+    assert re.search(r"no records at scale 'smoke'; there are some at .*lite.*: --scale \w+", text)
 
 
 def test_usage_errors_exit_with_2_and_help_shows_an_example():

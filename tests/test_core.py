@@ -262,7 +262,8 @@ def test_a_damaged_measurement_is_named_by_file_line_and_row(tmp_path, row, said
     (tmp_path/"r.jsonl").write_text(json.dumps(sound) + "\n" + json.dumps({**sound, "id": "b", "metrics": {"evaluation": [ROW, row]}}) + "\n")
     with pytest.raises(ValueError, match=f"r.jsonl:2: metrics, evaluation, row 2: .*{said}"): load_records(tmp_path)
 
-@pytest.mark.parametrize("number, remedy", [(errno.ENOSPC, "free some space"), (errno.EACCES, "the right to write there")])
+@pytest.mark.parametrize("number, remedy", [(errno.ENOSPC, "free some space"), (errno.EACCES, "the right to write there"),
+                                            (errno.ENOTDIR, "move away the file"), (errno.EISDIR, "move away the folder")])
 def test_a_disk_error_says_what_helps(number, remedy):
     with pytest.raises(OSError, match=remedy):
         with core.disk_errors("file"): raise OSError(number, "no")
@@ -281,3 +282,17 @@ def test_numbers_of_numpy_are_numbers(): assert derive_seed(0, np.float64(.1), n
 def test_measurements_are_a_list(rows):
     record = make_record("s", "a", "smoke", {}, 0, {"fingerprint": "f"}, torch.device("cpu"), 1., {"evaluation": rows})
     with pytest.raises(ValueError, match="evaluation is no list"): check_record(json.loads(json.dumps(record)))
+
+def test_a_file_where_a_folder_is_needed_is_named_with_the_remedy(tmp_path):
+    (tmp_path/"file").write_text("x"); (tmp_path/"folder").mkdir()
+    def build(path):
+        with core.temporary_folder(path): pass
+    def lock(path):
+        with core.alone_with(path): pass
+    def write(path):
+        with core.atomic_path(path) as part: part.write_text("x")
+    for act in (build, lock, write):
+        with pytest.raises(OSError, match=r"cannot write .*file/x: .*; move away the file that is where a folder is needed or choose another folder$"):
+            act(tmp_path/"file"/"x")
+    with pytest.raises(OSError, match="move away the folder of that name"): write(tmp_path/"folder")
+    assert (tmp_path/"file").read_text() == "x" and sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]

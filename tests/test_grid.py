@@ -4,10 +4,12 @@ import math
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from robustcv import experiments
 from robustcv.core import SCALES, append_record, load_records
@@ -187,6 +189,20 @@ def test_what_a_demo_run_needs_comes_before_it():
 
 
 # ensembles
+
+def test_ensembles_measured_together_are_left_to_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "_lacking", lambda *args: set())
+    runs = [Run("two", n, members=(("one", "a"),)) for n in "xyz"] + [net("alone")]
+    jobs = {n: experiments.Job(r, 0, {}, n, "to measure", 1.) for n, r in zip([*"xyz", "alone"], runs, strict=True)}
+    said = []; at = SimpleNamespace(scale=SCALES["smoke"], about={}, folder=tmp_path, say=said.append)
+    left, lock = dict(jobs), FileLock(tmp_path/".locks"/"smoke-two-0.lock", timeout=0)
+    free = experiments._alone(left, at, tmp_path)
+    for n in "xyz":
+        assert next(free) == (n, jobs[n]) and n not in left
+        with pytest.raises(Timeout): lock.acquire()
+    assert next(free)[0] == "alone"
+    with lock: pass # nobody holds it any more
+    assert list(free) == [] and said == []
 
 def test_groups_measured_together_are_what_each_ensemble_says_alone(tiny):
     images = load_tiny_imagenet(tiny, "val")

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageOps
 
 from robustcv.cache import _plain_jpeg
-from robustcv.data import load_data, load_folder, load_tiny_imagenet
+from robustcv.data import in_both, load_data, load_folder, load_tiny_imagenet
 
 def picture(seed=0, size=(16, 16), mode="RGB"):
     "A smooth random picture; `size` is width, height."
@@ -195,7 +195,8 @@ def test_resizing_takes_the_centred_square(tmp_path, shape, box):
 
 def test_images_of_several_sizes_need_a_size(tmp_path):
     root = write_tree(tmp_path/"in"); picture(0, (20, 16)).save(root/"b"/"odd.png")
-    with pytest.raises(ValueError, match=r"odd.png: 20×16 pixels where others have 16×16: pass size="): load_folder(root)
+    said = r"(?s)1 of 4 image files are of other sizes; give size= \(--size\) to resize all:.*odd.png: 20×16 pixels where others have 16×16$"
+    with pytest.raises(ValueError, match=said): load_folder(root)
     assert load_folder(root, 16).images.shape == (4, 3, 16, 16)
 
 def test_damaged_files_are_named_together(tmp_path, cache):
@@ -402,7 +403,7 @@ def test_images_of_several_sizes_in_the_official_layout_keep_their_boxes_when_re
     edit(file, lambda n, line: "\t".join(map(str, (f"s00000001_{n}.JPEG", *given[n]))) if n in given else line)
     boxes = load_data(official, size=16, cache=cache)[0].boxes[:3]
     torch.testing.assert_close(boxes, torch.tensor([[0, 0, .5, .5], [0, 0, 1, 0], [0, 0, .5, .5]]))
-    with pytest.raises(ValueError, match="pass size= to resize them all"): load_data(official, cache=cache)
+    with pytest.raises(ValueError, match=r"are of other sizes; give size= \(--size\) to resize all"): load_data(official, cache=cache)
 
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_pixels_of_an_unknown_range_are_refused(tmp_path, cache, mode):
@@ -441,3 +442,18 @@ def test_a_header_that_promises_too_many_pixels_is_named(official, cache):
     file = next(official.rglob("*.JPEG")); content = file.read_bytes(); at = content.index(b"\xff\xc0")
     file.write_bytes(content[:at + 5] + b"\xff\xff\xff\xff" + content[at + 9:])
     with pytest.raises(ValueError, match=file.name): load_tiny_imagenet(official, cache=cache, size=16)
+
+def test_files_that_do_not_end_like_images_are_named(tmp_path):
+    root = write_tree(tmp_path/"in")
+    for name in ("a/0.HEIC", "a/1.heic", "b/notes", "b/.DS_Store"): (root/name).write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"3 files are left out \(2 .heic, 1 without an ending\); images end with .avif, .bmp"): load_folder(root)
+
+def test_copies_of_training_images_among_validation_images_are_told(tmp_path):
+    root = write_tree(tmp_path/"in", [f"{part}/{c}/{i}.png" for part in ("train", "val") for c in "ab" for i in range(3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_data(root)
+    for c in "ab": shutil.copy(root/"train"/c/"0.png", root/"val"/c/"copy.png")
+    with pytest.warns(UserWarning, match="2 of 8 validation images are training images, too, byte for byte"): train, valid = load_data(root)
+    copies = in_both(train, valid)
+    assert copies.sum() == 2 and all((train.images == x).flatten(1).all(1).any() for x in valid.images[copies])

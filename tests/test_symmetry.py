@@ -131,14 +131,15 @@ def test_the_two_parts_make_up_the_network(name, first):
 
 @pytest.mark.parametrize("first", ["layer3", "head"])
 def test_training_on_cached_features_is_training_with_frozen_layers(sets, first):
-    config = Training(2, 12, lr=.02, precision="fp32")
+    config = Training(2, 12, lr=.005, precision="fp32") # slow enough that rounding stays small
     cached, plain = fresh(), fresh().freeze_below(first)
     mine = fit_from(cached, first, *sets, config, seed=3, device="cpu")
     theirs = fit(plain, sets[0], turned(sets[1]), transform=RandomSymmetry(), config=config, seed=3, device="cpu")
     assert set(mine) == set(theirs)
-    for column in ("loss", "lr", "valid_accuracy"): torch.testing.assert_close(*(torch.tensor(h[column].values) for h in (mine, theirs)), rtol=1e-3, atol=1e-4)
+    for column in ("loss", "lr", "valid_accuracy"): torch.testing.assert_close(*(torch.tensor(h[column].values) for h in (mine, theirs)), rtol=5e-3, atol=1e-4)
     start = fresh().state_dict()
-    for (k, a), b in zip(cached.state_dict().items(), plain.state_dict().values(), strict=True): torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4, msg=k)
+    for (k, a), b in zip(cached.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert (a - b).float().norm() <= .02*(a - start[k]).float().norm(), k # of what was learnt
     kept = [k for k, v in cached.state_dict().items() if v.equal(start[k])]
     assert all(k in kept for k in start if k.startswith(("net.conv1", "net.bn1", "net.layer1", "net.layer2"))) and "net.fc.weight" not in kept
 
@@ -153,10 +154,15 @@ def test_a_pooled_head_is_trained_on_the_average_over_the_orbit(sets):
     cached, plain = (fit_from(model, "head", *sets, config, device="cpu", pooled=True),
                      fit(symmetrize(fresh().freeze_below("head")), *sets, config=config, device="cpu"))
     for column in ("loss", "valid_accuracy"): torch.testing.assert_close(*(torch.tensor(h[column].values) for h in (cached, plain)), rtol=1e-3, atol=1e-4)
-    anew = fit_from(fresh(), "head", *sets, config, device="cpu", pooled=True, most=1e-9)
+
+@pytest.mark.parametrize("first", ["head", "layer4"]) # without and with batch normalisation
+def test_what_is_pooled_learns_the_same_from_features_and_without(sets, first):
+    a, b, how = fresh(), fresh(), dict(config=Training(2, 12, lr=.005, precision="fp32"), device="cpu", pooled=True)
+    cached, anew = (fit_from(m, first, *sets, **how, most=most) for m, most in ((a, 4.), (b, 1e-9)))
     torch.testing.assert_close(torch.tensor(anew.loss.values), torch.tensor(cached.loss.values), rtol=1e-3, atol=1e-4)
-    one = fit_from(fresh(), "layer4", *sets, Training(1, 12, lr=.02), device="cpu", pooled=True)
-    assert math.isfinite(one.loss[0])
+    start = fresh().state_dict()
+    for (k, v), w in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert (v - w).float().norm() <= .02*(v - start[k]).float().norm(), k # of what was learnt
 
 def test_weights_that_explode_are_reported(sets):
     with pytest.raises(FloatingPointError, match="lr=1e\\+30"): fit_from(fresh(), "layer4", *sets, Training(2, 12, lr=1e30, precision="fp32"), device="cpu")

@@ -19,7 +19,7 @@ from robustcv.data import Batch, Batches, ImageSet, take
 from robustcv.models import build_model, load_model, save_model
 from robustcv.adversarial_training import FreeAdversarial, WarmUp, adversarial_loss
 from robustcv.recipe import mixed_loss
-from robustcv.training import Checkpoint, Training, _Run, accuracy, autocast, cross_entropy, fit, plot_history
+from robustcv.training import Checkpoint, Training, _epoch, _Run, _set_up, accuracy, autocast, cross_entropy, fit, plot_history
 from robustcv.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 K, CONFIG = 3, Training(epochs=3, batch_size=8, lr=0.01, precision="fp32")
@@ -113,6 +113,16 @@ def test_the_global_random_state_is_left_alone():
     run(model, transform=RandomHorizontalFlip())
     assert states() == before
 
+def test_each_process_draws_chance_of_its_own_for_its_images():
+    def drawn(rank, world):
+        seen, data = [], images()
+        def objective(model, batch, backward): seen.append(float(torch.rand(1))); return cross_entropy(model, batch)
+        run = _set_up(deep(), data, data, objective, None, Training(1, 8, precision="fp32"), 0, "cpu", None, None)
+        run.batches.rank, run.batches.world = rank, world
+        _epoch(run, 0)
+        return seen
+    assert drawn(0, 1)[0] == drawn(0, 2)[0] != drawn(1, 2)[0]
+
 def test_the_images_are_left_alone():
     data = images(); before = data.images.clone(), data.labels.clone()
     def rude(x, generator): return x.mul_(0)
@@ -195,12 +205,15 @@ def test_a_finished_run_is_loaded_and_not_repeated(tmp_path):
     again = run(deep(7), objective, folder=tmp_path)
     assert torch.equal(first[0], again[0]) and first[1].equals(again[1]) and objective.calls == 0
 
-@pytest.mark.parametrize("change", [{"config": replace(CONFIG, epochs=4)}, {"seed": 1}, {"train": images(seed=5)},
-                                    {"valid": images(12, 6)}, {"transform": RandomHorizontalFlip()}, {"objective": halves_at_once}])
-def test_a_folder_of_other_settings_is_refused_and_kept(tmp_path, change):
+@pytest.mark.parametrize("change, named", [
+    ({"config": replace(CONFIG, epochs=4)}, "epochs"), ({"config": replace(CONFIG, lr=.02, warmup=.5)}, "lr, warmup"), ({"seed": 1}, "seed"),
+    ({"train": images(seed=5)}, "data"), ({"valid": images(12, 6)}, "data"), ({"transform": RandomHorizontalFlip()}, "transform"),
+    ({"objective": halves_at_once}, "objective")])
+def test_a_folder_of_other_settings_is_refused_and_kept(tmp_path, change, named):
     run(folder=tmp_path); before = (tmp_path/"state.pt").read_bytes()
     model = linear(4); start = weights(model)
-    with pytest.raises(ValueError, match="state.pt: belongs to a run with other settings or data"): run(model, folder=tmp_path, **change)
+    said = rf"state.pt: belongs to a run with other settings or data \({named}\); remove .* or choose another folder"
+    with pytest.raises(ValueError, match=said): run(model, folder=tmp_path, **change)
     assert (tmp_path/"state.pt").read_bytes() == before and torch.equal(weights(model), start)
 
 def other(path): torch.save({"epoch": 3}, path)
@@ -414,3 +427,12 @@ def test_a_checkpoint_with_parts_missing_is_named(tmp_path):
     run(folder=tmp_path)
     state = torch.load(tmp_path/"state.pt", weights_only=True); del state["model"]; torch.save(state, tmp_path/"state.pt")
     with pytest.raises(ValueError, match="state.pt: damaged .*lacks model.*remove it to start again"): run(folder=tmp_path)
+
+@pytest.mark.parametrize("given, says", [(dict(epochs=2.), "epochs=2.0: a whole number"), (dict(batch_size="8"), "batch_size='8': a whole number"),
+                                         (dict(lr="a"), "lr='a': a number"), (dict(weight_decay=-1), "weight_decay=-1: not negative")])
+def test_settings_of_the_wrong_kind_are_refused(given, says):
+    with pytest.raises(ValueError, match=says): Training(**given)
+
+def test_a_model_for_other_sizes_is_told_so():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4))
+    with pytest.raises(ValueError, match=r"model: fails on images of \d+×\d+ pixels \(.*\); if it is made for others, resize: size= \(--size\)"): run(model)
