@@ -17,7 +17,7 @@ import typer
 from .benchmarks import MEASURES, bench
 from .claims import ledger, summary_table
 from .core import SCALES, SIZES, alone_with, atomic_path, choose, device_name, disk_errors, load_records, pick_device, seed_everything, set_style
-from .data import known_boxes, load_data
+from .data import in_both, known_boxes, load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, right_by_condition, unpack
 from .tables import caption, markdown, table
@@ -82,12 +82,13 @@ def synthetic(folder:Path=typer.Argument(..., help="The folder to create."),
 def info(folder:Path=typer.Argument(..., help="Tiny ImageNet, a folder with train/ and val/, or a class-per-folder tree."),
          size:int=typer.Option(None, help="Resize to this many pixels; needed where sizes differ.")):
     "Say what an image folder holds.\n\nExample: `robustcv data info photos --size 64`"
-    for name, s in zip(("training", "validation"), load_data(folder, size)):
+    for name, s in zip(("training", "validation"), pair := load_data(folder, size)):
         counts = s.labels.bincount(minlength=len(s.classes))
         empty = 0 if s.boxes is None else int((~known_boxes(s.boxes)).sum())
         boxes = "no boxes" if s.boxes is None else f"boxes ({empty} empty)"
         print(f"{name}: {len(s):,} images of {s.images.shape[3]}×{s.images.shape[2]} pixels, {len(s.classes)} classes "
               f"({counts.min()} to {counts.max()} images each), {boxes}, fingerprint {s.fingerprint}")
+    if n := int(in_both(*pair).sum()): print(f"of the validation images, {n} of {len(s):,} are training images, too, byte for byte")
 
 # %% ../nbs/40_command_line.ipynb #fc0792c0
 @contextmanager

@@ -116,7 +116,7 @@ def test_the_report_is_a_page_whose_links_lead_to_the_notebooks(tmp_path, monkey
 def test_a_dry_run_lists_what_is_missing_and_trains_nothing(tmp_path, minute, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = call("run", "all", "--scale", "smoke", "--dry-run")
-    assert text.count("to train") == 2 and text.count("to measure") == 1 and "3 runs, 0 on record" in text and "3 runs of unknown length" in text
+    assert text.count("to train") == 2 and text.count("to measure") == 1 and "3 runs, 0 on record" in text and "3 runs are of unknown length" in text
     assert not (tmp_path / "results").exists() and not (tmp_path / "runs").exists()
     call("run", "baseline", "--scale", "smoke")
     text = call("run", "baseline", "color_jitter", "--scale", "smoke", "--dry-run")
@@ -268,7 +268,7 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
     with alone_with(out / ".training"): assert "another process is training there" in call(*train, code=1)
     call(*train); (out / "state.pt").unlink()
     before = (out / "model.safetensors").read_bytes()
-    assert "move it away, or choose another folder" in call(*train, code=1) and (out / "model.safetensors").read_bytes() == before
+    assert "away, or choose another folder" in call(*train, code=1) and (out / "model.safetensors").read_bytes() == before
     (tmp_path / "file").write_text("")
     assert "file" in call(*train[:-1], tmp_path / "file", code=1)
 

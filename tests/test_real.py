@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from robustcv.core import seed_everything
-from robustcv.data import load_tiny_imagenet, subset
+from robustcv.data import in_both, load_tiny_imagenet, subset
 from robustcv.evaluation import evaluate
 from robustcv.models import build_model
 from robustcv.training import Training, fit
@@ -32,6 +32,7 @@ def test_quirks_are_kept(sets):
     x = sets["val"].images
     gray = (x[:, 0] == x[:, 1]).flatten(1).all(1) & (x[:, 0] == x[:, 2]).flatten(1).all(1)
     assert 0.01 < gray.float().mean() < 0.04
+    assert 5 <= in_both(sets["train"], sets["val"]).sum() < 20  # 5 with 400 training images a class
 
 
 def test_pixels_labels_and_boxes_are_those_of_the_files(sets, real):
