@@ -206,7 +206,7 @@ def _sum_up(jobs):
     "How much of a plan is left, in a line."
     left = [j for j in jobs if j.status != "on record"]
     seconds, unknown = sum(j.seconds for j in left if j.seconds == j.seconds), sum(j.seconds != j.seconds for j in left)
-    known = f"the rest takes about {f'{seconds/3600:.1f} h' if seconds > 5400 else f'{seconds/60:.0f} min'}" if unknown < len(left) else ""
+    known = f"the rest takes about {f'{seconds/3600:.1f} h' if seconds > 5400 else f'{max(1, round(seconds/60))} min'}" if unknown < len(left) else ""
     strange = f"{unknown} runs are of unknown length" if unknown else ""
     return "; ".join(filter(None, (f"{len(jobs)} runs, {len(jobs) - len(left)} on record", known, strange)))
 

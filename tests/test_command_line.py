@@ -120,7 +120,7 @@ def test_a_dry_run_lists_what_is_missing_and_trains_nothing(tmp_path, minute, mo
     assert not (tmp_path / "results").exists() and not (tmp_path / "runs").exists()
     call("run", "baseline", "--scale", "smoke")
     text = call("run", "baseline", "color_jitter", "--scale", "smoke", "--dry-run")
-    assert "3 runs, 1 on record; the rest takes about 0.0 h\n" in text and text.count("to measure") == 1
+    assert "3 runs, 1 on record; the rest takes about 1 min\n" in text and text.count("to measure") == 1
 
 
 def test_a_grid_starts_from_pretrained_weights(tmp_path, tiny, monkeypatch, hub):
