@@ -267,15 +267,16 @@ def _figures(records):
     r, runs = records[0], by_name(records)
     if len(runs) <= 3 and r["metrics"]["history"]: # an ensemble has none
         histories = {n: pd.DataFrame(sum((x["metrics"]["history"] for x in rs), [])).groupby("epoch", as_index=False).mean() for n, rs in runs.items()}
-        yield "curves", plot_history(histories).figure
+        yield "curves", plot_history(histories).figure, basis(records, fewer=False)
         standard = {p.name for p in standard_perturbations()}
         yield "perturbations", plot_bars({n: (t := pool(rs))[t.perturbation.isin(standard)] for n, rs in runs.items()}).figure
-    else: yield "runs", plot_runs(records).figure
+    else: yield "runs", plot_runs(records).figure, basis(records, fewer=False)
     if r["section"] == "color_jitter" and any(n.split()[0] in JITTERED for n in runs):
         yield "fields", plot_fields(records)[0][0].figure, basis([x for x in records if x["name"].split()[0] in (*JITTERED, "baseline")])
     if r["section"] == "random_erase" and {"baseline", "E"} <= set(runs): yield "occlusion", plot_occlusion(records), basis(runs["baseline"] + runs["E"])
     if r["section"] in ATTACKED: yield "attacks", plot_attacks(records)
-    if r["metrics"]["history"] and "pgd_accuracy" in r["metrics"]["history"][0]: yield "watched", plot_watched(records).figure
+    if r["metrics"]["history"] and "pgd_accuracy" in r["metrics"]["history"][0]:
+        yield "watched", plot_watched(records).figure, f"{basis(records, fewer=False)}; under PGD on fewer of them"
     if r["section"] == "stability":
         yield "trade-off", plot_trade_off(records).figure; yield "corruptions", plot_corruptions(records).figure
         for p in ("noise, article", "certified"):

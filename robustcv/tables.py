@@ -59,13 +59,15 @@ def only_member(record:dict) -> tuple|None: # section and name
     return tuple(members[0]) if len(members) == 1 else None
 
 # %% ../nbs/18_tables.ipynb #3112978f
-def basis(records:list) -> str:
+def basis(records:list, # of runs
+          fewer:bool=True, # whether what was measured on fewer images is shown, too
+         ) -> str:
     "In short what a figure of these records rests on: scale, data, images, seeds, and half the width that an accuracy's 95 % interval has at most."
     r, d = one_setting(records)[0], records[0]["data"]
     seeds = Counter((x["section"], x["name"]) for x in records).values()
     seeds = " to ".join(str(n) for n in sorted({min(seeds), max(seeds)})) + (" seeds" if max(seeds) > 1 else " seed")
     what = f"{d['name']}{' (drawn images: no evidence about natural ones)' if d['synthetic'] else ''}"
-    precision = "; ".join([f"95 % interval of an accuracy: {_up_to(d['valid'])} points at most", *_fewer(records)])
+    precision = "; ".join([f"95 % interval of an accuracy: {_up_to(d['valid'])} points at most", *(_fewer(records) if fewer else ())])
     return f"scale {r['scale']}: {what}, {d['classes']} classes; n = {d['valid']:,} validation images ({precision}); {seeds}"
 
 # %% ../nbs/18_tables.ipynb #3ed6a820
