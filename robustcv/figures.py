@@ -180,6 +180,8 @@ def plot_corruptions(records:list, # of the section `stability`
     frame = pd.DataFrame(rows).T
     ax = ax or plt.subplots(figsize=(8.5, .34*len(frame) + 1.4))[1]
     sns.heatmap(frame, ax=ax, cmap="viridis", annot=True, fmt=".0f", annot_kws={"size": 8}, cbar_kws={"label": "accuracy (%)"})
+    ax.set_facecolor(".9"); ax.grid(False)
+    if frame.isna().any(axis=None): ax.set_xlabel("blank: not measured", fontsize=8)
     ax.tick_params(axis="x", rotation=40); ax.tick_params(axis="y", rotation=0); plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
     return ax
 
