@@ -387,7 +387,7 @@ def run_sections(sections:list, # names of sections
     at, spent, pooled = Setting(scale, *scale_data(scale, data, **kwargs), device, Path(folder), say, kwargs), [], {}
     jobs = plan(sections, scale, at.about, seeds, results, folder, names, at.train.boxes is not None)
     wait_for_all() # before the first of them writes a record
-    if not jobs: raise ValueError(f"no run is left: {', '.join(names or sections)} learn boxes, and {at.train.name} has none")
+    if names and not jobs: raise ValueError(f"no run is left: {', '.join(names)} learn boxes, and {at.train.name} has none")
     if at.train.boxes is None: say(f"{at.train.name} has no boxes: runs that learn them are left out")
     left = {f"[{i}/{len(jobs)}] {j.run.section} / {j.run.name}, seed {j.seed}, scale {scale.name}": j for i, j in enumerate(jobs, 1)}
     with closing(_alone(left, at, results)) as free: # whatever happens, a lock is given back
