@@ -229,6 +229,7 @@ def _there(texts, scale, options):
     "Texts whose commands go on where these records are."
     return texts.str.replace(f"--scale {scale}", f"--scale {scale} {options}", regex=False)
 
+# %% ../nbs/40_command_line.ipynb #171b49e2
 def _width(): return max(60, shutil.get_terminal_size((120, 24)).columns)
 def _show_text(text): print(textwrap.fill(text, _width(), break_on_hyphens=False))
 

@@ -290,6 +290,7 @@ def load_data(path, # Tiny ImageNet, a folder with train/ and val/ (or valid/, v
                          "(or valid, or validation), or give the one with the training images, of which a share is kept to measure on")
     return _told_apart(*split(load_folder(path, size, **kwargs), fraction))
 
+# %% ../nbs/01_data.ipynb #64a17123
 def in_both(train:ImageSet, valid:ImageSet) -> Tensor: # bool (N,), for each image of `valid`
     "Which validation images are training images, too, byte for byte."
     return torch.isin(*(s.digests.contiguous().view(torch.int64).flatten() for s in (valid, train)))

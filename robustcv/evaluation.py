@@ -92,10 +92,7 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
             ) -> pd.DataFrame: # a row a perturbation: counts, accuracy and 95 % Wilson interval in %, per-image results
     "Accuracy under each perturbation, on the same images and with the same noise for every model; with half as many images at a time when memory runs out."
     perturbations = standard_perturbations() if perturbations is None else list(perturbations)
-    if not len(images): raise ValueError(f"images: {images.name} is empty")
-    for p in perturbations:
-        if not isinstance(p, Perturbation): raise ValueError(f"perturbations: {p!r} is none; see `standard_perturbations()`")
-    if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size={batch_size}: at least 1")
+    _check_evaluated(images, perturbations, batch_size)
     device = pick_device(device)
     batch_size = batch_size or at_a_time(device)
     with torch.inference_mode(False): # also where the caller is in it: attacks need gradients
@@ -111,6 +108,13 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
         with evaluating(model): table = pd.DataFrame(_halving(row, perturbations, batch_size, served.cache_clear), columns=COLUMNS)
     check_results(table, len(images.classes))
     return table
+
+# %% ../nbs/05_evaluation.ipynb #12a6e95d
+def _check_evaluated(images, perturbations, batch_size):
+    if not len(images): raise ValueError(f"images: {images.name} is empty")
+    for p in perturbations:
+        if not isinstance(p, Perturbation): raise ValueError(f"perturbations: {p!r} is none; see `standard_perturbations()`")
+    if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size={batch_size}: at least 1")
 
 # %% ../nbs/05_evaluation.ipynb #5be26d35
 def _halving(row, perturbations, size, forget):

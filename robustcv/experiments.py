@@ -337,6 +337,7 @@ def _keep(job, at, seconds, metrics, results):
     record = make_record(job.run.section, job.run.name, at.scale.name, job.config, job.seed, at.about, at.device, seconds, metrics)
     append_record(Path(results)/f"{job.run.section}.jsonl", record)
 
+# %% ../nbs/20_experiments.ipynb #c58a1d52
 def _in_training(job, at):
     "Whether another process trains a network that a job needs."
     def free(home):
