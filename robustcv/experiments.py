@@ -346,6 +346,7 @@ def _in_training(job, at):
 
 def _work(job, at): return f"{at.scale.name}-{job.run.section}-{job.seed}" if _together(job.run) else job.id # what one process does at a time
 
+# %% ../nbs/20_experiments.ipynb #5fee4ad0
 def _alone(left, at, results, pause=1.):
     "Jobs by label, taken out of `left` while no other process is at them, nor at a network for them; where all wait for others, look again after a pause."
     said = set()
