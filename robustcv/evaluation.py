@@ -313,15 +313,16 @@ def plot_strength(tables:dict, # name to an evaluation
                  ): # the axes
     "Accuracy against the strength of one perturbation, with 95 % bands."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(4, 3), layout="constrained")[1]
+    many = len(tables) > 4 # do not fit inside, and are hard to tell apart
+    ax = ax or plt.subplots(figsize=(6.4 if many else 4.4, 3.4), layout="constrained")[1]
     colors = model_colors(tables)
     for name, t in tables.items():
         rows = t[t.perturbation == perturbation].sort_values("strength")
         if rows.empty: raise ValueError(f"perturbation '{perturbation}' is not in the table of {name}: it has {', '.join(sorted(set(t.perturbation)))}")
         ax.plot(rows.strength, rows.accuracy, color=colors[name], marker="o", markersize=4, label=name)
         ax.fill_between(rows.strength, rows.low, rows.high, color=colors[name], alpha=.2, linewidth=0)
-    many = len(tables) > 4 # do not fit inside, and are hard to tell apart
     ax.set(xlabel=f"{perturbation} ({rows.unit.iloc[0]})", ylabel="accuracy (%)", ylim=None if many else (0, 100))
+    ax.locator_params(axis="x", nbins=6)
     ax.legend(fontsize=8, **(dict(loc="upper left", bbox_to_anchor=(1.02, 1)) if many else {}))
     return ax
 

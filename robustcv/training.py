@@ -381,7 +381,7 @@ def plot_history(histories:dict, # name to the data frame that `fit` returns
                 ): # the axes
     "Training (dashed) and validation (solid) accuracy over the epochs, one colour a run."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(8 if len(histories) > 2 else 6, 3.2), layout="constrained")[1] # with room for a legend outside
     colors = model_colors(histories)
     for name, h in histories.items():
         ax.plot(h["epoch"], h["valid_accuracy"], color=colors[name], marker="o", markersize=3, label=name)
