@@ -51,7 +51,7 @@ def test_a_network_learns_real_classes_and_suffers_when_they_are_turned(sets):
     train, val = (subset(sets[s], 5, n) for s, n in (("train", 200), ("val", 50)))
     seed_everything(0)
     model = build_model("resnet18", 5)
-    fit(model, train, val, transform=RandomHorizontalFlip(), config=Training(6, 50, lr=0.05))
+    fit(model, train, val, transform=RandomHorizontalFlip(), config=Training(6, 50, lr=0.01))
     table = evaluate(model, val).set_index("perturbation").accuracy
-    assert table["clean"] > 45  # chance is 20
+    assert table["clean"] > 40  # chance is 20; 54 to 59 with four seeds
     assert table["clean"] > table["rotation"].iloc[0]
