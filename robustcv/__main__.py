@@ -21,7 +21,8 @@ from .data import in_both, known_boxes, load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, right_by_condition, unpack
 from .tables import caption, markdown, table
-from .experiments import describe_data, plan, run_sections, scale_data, show_plan
+from .experiments import plan, run_sections, show_plan
+from .single_run import describe_data, scale_data
 from .figures import draw_figures, draw_summary
 from .model_figures import draw_models
 from .grids import DEMO, SECTIONS

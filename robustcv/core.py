@@ -7,7 +7,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SIZES', 'SCALES', 'SCHEMA', 'RECORD
            'generator', 'seed_everything', 'pick_device', 'device_name', 'out_of_memory', 'keep_freed_memory',
            'one_thread', 'capturable', 'normalized', 'per_channel', 'Scale', 'disk_errors', 'atomic_path',
            'temporary_folder', 'alone_with', 'essence', 'run_id', 'describe', 'git_commit', 'library_versions',
-           'make_record', 'check_record', 'append_record', 'load_records', 'set_style', 'model_colors']
+           'make_record', 'check_record', 'append_record', 'load_records', 'record_file', 'set_style', 'model_colors']
 
 # %% ../nbs/00_core.ipynb #e5bf156a
 import ctypes, difflib, errno, glob, hashlib, json, math, os, platform, random, shutil, subprocess, threading, time, warnings
@@ -357,6 +357,13 @@ def load_records(path, # JSON lines file, or a folder of them; a missing one hol
             record = check_record(record, f"{file}:{n}")
             records.pop(record["id"], None); records[record["id"]] = record
     return list(records.values())
+
+# %% ../nbs/00_core.ipynb #cbe323e0
+def record_file(results, # folder
+                section:str, scale:str, # names
+               ) -> Path:
+    "The file of a section's records at a scale."
+    return Path(results)/f"{section}-{scale}.jsonl"
 
 # %% ../nbs/00_core.ipynb #9c0aec13
 def set_style():

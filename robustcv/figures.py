@@ -20,7 +20,7 @@ from .claims import plot_claims
 from .core import COLORS, generator, model_colors, normalized, set_style
 from .perturbations import ORBIT, labelled, standard_perturbations
 from .evaluation import plot_bars, plot_strength
-from .experiments import ATTACKED
+from .single_run import ATTACKED
 from .tables import basis, by_name, filters, one_setting, pool
 from .models import show_filters
 from .scoreboard import plot_scoreboard, scoreboard

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'SECTIONS', 'DEMO', 'Run', 'baseline', 'color_jitter', 'random_erase', 'attacked', 'adversarial', 'stable',
-           'symmetric', 'multi_tasked', 'together', 'strongest', 'better', 'find_run']
+           'symmetric', 'multi_tasked', 'together', 'strongest', 'better', 'find_run', 'in_order']
 
 # %% ../nbs/19_grids.ipynb #4f733043
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 from torchvision.transforms import v2
 
@@ -167,6 +167,16 @@ def find_run(section:str, name:str) -> Run:
     "A run by the name of its section and its own."
     runs = {r.name: r for r in SECTIONS[choose("section", section, SECTIONS)]()}
     return runs[choose("run", name, runs)]
+
+@cache
+def _places(): return {s: (i, {r.name: k for k, r in enumerate(runs())}) for i, (s, runs) in enumerate(SECTIONS.items())}
+
+def in_order(records:list) -> list:
+    "Records in the order of the grids, and seeds in theirs; runs that are in no grid come last in their section, in the order given."
+    def place(r):
+        section, runs = _places().get(r["section"], (len(SECTIONS), {}))
+        return (section, runs[r["name"]], r["seed"]) if r["name"] in runs else (section, len(runs), 0)
+    return sorted(records, key=place)
 
 # %% ../nbs/19_grids.ipynb #8926d8e3
 DEMO = {"baseline": ("flip + crop", "plain"), "color_jitter": ("baseline", "contrast 5"), "random_erase": ("baseline", "E", "FE", "FCE"),

@@ -16,7 +16,7 @@ import torch
 from .core import Scale, normalized, set_style
 from .data import ImageSet, show_images
 from .evaluation import spread_over
-from .experiments import describe_data, scale_data, trained_model
+from .single_run import describe_data, scale_data, trained_model
 from .figures import under
 from .fgsm import attacking, gradient
 from .multi_task import box_iou, box_quality, predict_boxes

@@ -61,8 +61,7 @@ def scoreboard(records:list, # of any sections, at one scale and on one data set
                runs=None, # "section / name" of each; None: all, a row a network, named after the first section that has it
               ) -> pd.DataFrame: # a row a run: accuracy in % by family, NaN where not measured; mean and worst of the standard families that every run has
     "Every run under every family of perturbations, averaged over seeds; a `ValueError` names a run that is not on record."
-    order = list(SECTIONS)
-    known = sorted(one_setting(records), key=lambda r: order.index(r["section"]) if r["section"] in order else len(order))
+    known = one_setting(records)
     kept = known if runs is None else [r for n in runs for r in known if _label(r) == choose("run", n, dict.fromkeys(map(_label, known)))]
     if not kept: raise ValueError("runs: none is named")
     rows = _networks(kept) if runs is None else map(_label, kept)

@@ -17,16 +17,17 @@ import torch
 from .core import run_id
 from .perturbations import ADAPTIVE, ORBIT, labelled
 from .evaluation import mean_interval, right_by_condition, unpack, wilson
+from .grids import in_order
 
 # %% ../nbs/18_tables.ipynb #8f0a98ff
 def one_setting(records:list) -> list:
-    "The records, if all are of one scale and one data set, and one a run and seed; a `ValueError` otherwise."
+    "The records in the order of the grids, if all are of one scale and one data set, and one a run and seed; a `ValueError` otherwise."
     if not records: raise ValueError("no records: run the section first, e.g. `robustcv run baseline`")
     kinds = {(r["scale"], r["data"]["fingerprint"]) for r in records}
     if len(kinds) > 1: raise ValueError(f"records of {len(kinds)} settings cannot share a statistic: {sorted(kinds)}; choose one scale and data set")
     twice = [k for k, n in Counter((r["section"], r["name"], r["seed"]) for r in records).items() if n > 1]
     if twice: raise ValueError(f"run '{twice[0][1]}', seed {twice[0][2]}, is on record with several settings; choose the records of one")
-    return records
+    return in_order(records)
 
 # %% ../nbs/18_tables.ipynb #66e83dcb
 def accuracies(record:dict) -> dict: # (perturbation, strength) to accuracy in %

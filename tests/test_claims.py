@@ -18,7 +18,7 @@ from robustcv.comparisons import CLEAN, conditions, paired, seed_spread, spread
 from robustcv.core import generator
 from robustcv.perturbations import attack_perturbations, standard_perturbations
 from robustcv.evaluation import wilson
-from robustcv.experiments import ATTACKED, EXTRA
+from robustcv.single_run import ATTACKED, EXTRA
 from robustcv.tables import by_name
 from robustcv.grids import SECTIONS
 

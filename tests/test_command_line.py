@@ -165,7 +165,7 @@ def test_some_runs_of_a_section_are_run_drawn_and_held_against_the_claims(tmp_pa
     assert '"fingerprint"' in shown and "rotation" in shown and "hits" not in shown
     assert "4 records in" in call("record", "", "--results", results, code=1) and "give an id from" in call("record", "zz", "--results", results, code=1)
     text = call("scoreboard", *where, "--out", tmp_path / "board.png")
-    assert "color_jitter / contrast 5" in text and "worst" in text and (tmp_path / "board.png").stat().st_size > 1000
+    assert "color_jitter / baseline" in text and "worst" in text and (tmp_path / "board.png").stat().st_size > 1000
     text = call("figures", *where, "--out", tmp_path / "figures")
     assert sorted(text.split("figure: ")[1:]) == sorted(f"{f}\n" for f in (tmp_path / "figures").iterdir())
     assert "color_jitter-smoke-fields.png" in text
@@ -220,7 +220,7 @@ def test_what_cannot_be_done_with_these_images_is_an_error(tmp_path):
 
 def test_records_at_other_scales_are_named(tmp_path):
     (tmp_path / "results").mkdir()
-    shutil.copy(Path(__file__).parent.parent / "results" / "fgsm.jsonl", tmp_path / "results")
+    shutil.copy(Path(__file__).parent.parent / "results" / "fgsm-lite.jsonl", tmp_path / "results")
     text = call("claims", "--scale", "smoke", "--results", tmp_path / "results", code=1)
     assert re.search(r"no records at scale 'smoke'; there are some at .*lite.*: --scale \w+", text)
 
@@ -246,8 +246,8 @@ def test_records_of_other_images_are_left_out_with_a_warning(tmp_path, minute, t
     with pytest.warns(UserWarning, match="of 3 records at scale 'smoke', 2 are of other images than tiny/train"): # files are read in the order of their names
         text = call("scoreboard", *where[:4])
     assert "baseline / plain" in text and "color_jitter" not in text
-    with (tmp_path / "results" / "baseline.jsonl").open("a") as f: f.write('{"schema": 1, "id": "cut')
-    with pytest.warns(UserWarning, match=r"baseline.jsonl:2: unfinished record skipped"): call("claims", *where[:4])
+    with (tmp_path / "results" / "baseline-smoke.jsonl").open("a") as f: f.write('{"schema": 1, "id": "cut')
+    with pytest.warns(UserWarning, match=r"baseline-smoke.jsonl:2: unfinished record skipped"): call("claims", *where[:4])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
@@ -282,7 +282,7 @@ def test_what_is_wrong_with_a_comparison_is_said_before_anything_is_measured(tmp
 @pytest.mark.parametrize("part, field", [("data", "name"), ("config", "run"), ("metrics", "evaluation"), ("metrics", "train_accuracy")])
 @pytest.mark.parametrize("command", ["claims", "scoreboard", "figures"])
 def test_a_record_that_lacks_something_is_named(tmp_path, part, field, command):
-    record = load_records(Path(__file__).parent.parent/"results"/"baseline.jsonl")[0]
+    record = load_records(Path(__file__).parent.parent/"results"/"baseline-lite.jsonl")[0]
     record = {**record, part: {k: v for k, v in record[part].items() if k != field}}
     (tmp_path/"baseline.jsonl").write_text(json.dumps(record) + "\n")
     done = CliRunner().invoke(app, [command, "--scale", record["scale"], "--results", str(tmp_path)])

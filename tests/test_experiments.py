@@ -15,12 +15,14 @@ import torch
 from filelock import FileLock
 from scipy.stats import norm
 
-from robustcv import experiments
+from robustcv import experiments, single_run
 from robustcv.core import SCALES, append_record, describe, load_records
 from robustcv.data import load_tiny_imagenet
 from robustcv.perturbations import ORBIT, Perturbation, standard_perturbations
 from robustcv.evaluation import COLUMNS, unpack, wilson
-from robustcv.experiments import Run, describe_data, run_section, scale_data
+from robustcv.experiments import run_section
+from robustcv.grids import Run
+from robustcv.single_run import describe_data, scale_data
 from robustcv.tables import by_name, caption, corruption_table, member_table, filters, markdown, one_setting, orientation_table, pool, table
 from robustcv.figures import (draw_figures, plot_attacks, plot_corruptions, plot_cost, plot_degraded, plot_fields, plot_occlusion, plot_orientations,
                               plot_runs, plot_selectivity, plot_trade_off, plot_watched)
@@ -346,7 +348,7 @@ def test_a_run_is_recorded_once_and_then_skipped(go, tmp_path, tiny):
     said = []
     record, = go(say=said.append)
     assert len(calls) == 6 and go(say=said.append) == [record] and len(calls) == 6
-    assert load_records(tmp_path/"results"/"tiny.jsonl") == [record] and (tmp_path/"results"/"tiny.jsonl").read_text().count("\n") == 1
+    assert load_records(tmp_path/"results"/"tiny-smoke.jsonl") == [record] and (tmp_path/"results"/"tiny-smoke.jsonl").read_text().count("\n") == 1
     assert said[0].startswith("[1/1] tiny / one run, seed 0, scale smoke: validation") and said[1].endswith("on record") and len(said) == 2
     assert model_files(tmp_path) == ["best.safetensors", "history.json", "model.safetensors"] # nothing to resume is left
     metrics = record["metrics"]
@@ -371,7 +373,7 @@ def test_what_another_process_is_at_is_left_to_it_and_done_if_it_dies(go, tmp_pa
     def say(line):
         said.append(line)
         if "second" not in line: return
-        if finished: append_record(tmp_path/"results"/"tiny.jsonl", first)
+        if finished: append_record(tmp_path/"results"/"tiny-smoke.jsonl", first)
         lock.release()
     records = go(*TWO, say=say)
     assert said[0].startswith("[1/2]") and said[0].endswith("another process is at it") and said[1].startswith("[2/2]") and "validation" in said[1]
@@ -380,9 +382,9 @@ def test_what_another_process_is_at_is_left_to_it_and_done_if_it_dies(go, tmp_pa
 
 def test_a_run_whose_network_another_process_trains_comes_last(go, tmp_path):
     first, _ = go(*TWO, results=tmp_path/"other", folder=tmp_path/"other runs")
-    home, said = experiments._home(TWO[0], SCALES["smoke"], 0, first["data"], tmp_path/"runs"), []
-    experiments._lock(home).parent.mkdir(parents=True)
-    lock = FileLock(f"{experiments._lock(home)}.lock"); lock.acquire()
+    home, said = single_run._home(TWO[0], SCALES["smoke"], 0, first["data"], tmp_path/"runs"), []
+    single_run._lock(home).parent.mkdir(parents=True)
+    lock = FileLock(f"{single_run._lock(home)}.lock"); lock.acquire()
     def say(line):
         said.append(line)
         if "second" in line: lock.release()
@@ -399,7 +401,7 @@ def test_processes_started_one_by_one_do_nothing_twice(go, tmp_path):
     found = [out.get(timeout=120) for _ in crowd]
     for p in crowd: p.join(60)
     assert sum(n for n, _ in found) == 12 and len({tuple(sorted(ids)) for _, ids in found}) == 1
-    assert (tmp_path/"results"/"tiny.jsonl").read_text().count("\n") == 2
+    assert (tmp_path/"results"/"tiny-smoke.jsonl").read_text().count("\n") == 2
 
 def test_an_interrupted_run_is_continued(go, tmp_path):
     fail_at.append(5) # in the second of two epochs
@@ -426,7 +428,7 @@ def test_what_changes_a_run_makes_another_record(go):
     assert len(ids) == 4 and len(set(ids)) == 3 and ids[0] == ids[2]
 
 def test_runs_can_be_chosen_by_name(go, tmp_path, monkeypatch):
-    monkeypatch.setitem(experiments.EXTRA, "tiny", lambda: [Perturbation("black", lambda x, y, m: 0*x, 1., "all")])
+    monkeypatch.setitem(single_run.EXTRA, "tiny", lambda: [Perturbation("black", lambda x, y, m: 0*x, 1., "all")])
     runs, said = [Run("tiny", n, MODEL, training={"epochs": 1}) for n in "abc"], []
     one, = go(*runs, names=["b"], say=said.append)
     assert one["name"] == "b" and said[0].startswith("[1/1] tiny / b")
@@ -438,19 +440,19 @@ def test_runs_can_be_chosen_by_name(go, tmp_path, monkeypatch):
     assert go(*runs, names=[]) == [] and len(load_records(tmp_path/"results")) == 2
 
 def test_a_run_is_measured_on_examples_of_its_source_which_is_trained_if_need_be(go, tmp_path, monkeypatch, tiny):
-    monkeypatch.setattr(experiments, "ATTACKED", ("tiny",))
+    monkeypatch.setattr(single_run, "ATTACKED", ("tiny",))
     source, target = (Run("tiny", n, MODEL, training={"epochs": e}, sources=s) for n, e, s in (("source", 1, ()), ("target", 2, (("tiny", "source"),))))
     said = []
     first, = go(source, target, names=["target"], say=said.append)
     assert "tiny / source, seed 0: its network is needed, and trained first" in said and [r["name"] for r in load_records(tmp_path/"results")] == ["target"]
-    lent, alone = go(source, target) # in the order in which they were recorded
+    alone, lent = go(source, target) # in the order of the grid
     assert lent == first
     own, more = ({e["perturbation"] for e in r["metrics"]["evaluation"]} for r in (alone, lent))
     assert {"random signs", "FGSM", "PGD-20", "strong attacks"} <= own and more - own == {"FGSM from source"}
 
 def test_pictures_of_models_are_drawn_from_what_a_run_left(go, tmp_path, monkeypatch, tiny):
     go(Run("tiny", "net", MODEL, training={"epochs": 1}), Run("tiny", "boxes", MODEL, objective=multi_task_loss, boxes=True, training={"epochs": 1}))
-    left = experiments.trained_model
+    left = single_run.trained_model
     there = lambda section, name, **more: left("tiny", "boxes" if section == "multi_task" else "net", **more)
     monkeypatch.setattr("robustcv.model_figures.trained_model", there)
     few = lambda models, images: plot_response(models, images[:2], list(models["all"].stages)[-2], (0, 90))
@@ -479,12 +481,12 @@ def test_replays_take_the_place_of_epochs():
 
 def test_only_records_of_this_scale_data_and_settings_are_returned(go, tmp_path):
     mine, = go(Run("tiny", "a", MODEL, training={"epochs": 1}))
-    append_record(tmp_path/"results"/"tiny.jsonl", {**mine, "id": "f"*16, "scale": "full"})
+    append_record(tmp_path/"results"/"tiny-smoke.jsonl", {**mine, "id": "f"*16, "scale": "full"})
     assert go(Run("tiny", "a", MODEL, training={"epochs": 1})) == [mine]
 
 def test_a_record_is_strict_json(go, tmp_path):
     go(Run("tiny", "a", MODEL, training={"epochs": 1}))
-    line = (tmp_path/"results"/"tiny.jsonl").read_text()
+    line = (tmp_path/"results"/"tiny-smoke.jsonl").read_text()
     json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} in a record"))
     assert pd.DataFrame(json.loads(line)["metrics"]["evaluation"]).n.tolist() == [6]*len(standard_perturbations())
 
@@ -512,7 +514,7 @@ def test_a_run_that_keeps_its_best_weights_records_their_accuracy(tmp_path, tiny
     scale = replace(SCALES["smoke"], classes=None, train_per_class=None, val_per_class=None, epochs=4, batch_size=8, lr=0.05)
     run = Run("s", "n", model=MODEL, training=dict(keep="best", precision="fp32"))
     train, valid = scale_data(scale, tiny)
-    metrics = experiments.train_run(run, 0, experiments.Setting(scale, train, valid, torch.device("cpu"), tmp_path))
+    metrics = single_run.train_run(run, 0, single_run.Setting(scale, train, valid, torch.device("cpu"), tmp_path))
     assert metrics["valid_accuracy"] == max(h["valid_accuracy"] for h in metrics["history"])
 
 

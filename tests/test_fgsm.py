@@ -11,7 +11,7 @@ from torch import nn
 from robustcv.core import SCALES, generator, normalized
 from robustcv.data import ImageSet
 from robustcv.ensemble import Ensemble
-from robustcv.experiments import scale_data
+from robustcv.single_run import scale_data
 from robustcv.fgsm import (
     Transferred,
     apgd,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 
-from robustcv import experiments
+from robustcv import experiments, single_run
 from robustcv.core import SCALES, append_record, load_records
 from robustcv.cache import cache_folder
 from robustcv.data import load_data, load_tiny_imagenet
@@ -19,9 +19,10 @@ from robustcv.ensemble import Ensemble, combine
 from robustcv.perturbations import Perturbation, affine_perturbations
 from robustcv.stability import add_noise
 from robustcv.evaluation import evaluate, evaluate_together, unpack
-from robustcv.experiments import Run, describe_data, plan, run_sections, scale_data, show_plan, trained_model
+from robustcv.experiments import plan, run_sections, show_plan
+from robustcv.single_run import describe_data, scale_data, trained_model
 from robustcv.tables import box_table
-from robustcv.grids import DEMO, KEPT, SECTIONS, strongest, together
+from robustcv.grids import DEMO, KEPT, SECTIONS, Run, in_order, strongest, together
 from robustcv.models import build_model
 from robustcv.multi_task import multi_task_loss
 from robustcv.synthetic import make_synthetic
@@ -39,9 +40,9 @@ def net(name, **kwargs): return Run("one", name, MODEL, objective=counted, train
 def go(tiny, tmp_path, monkeypatch):
     "Run sections `one` and `two` at a minute scale; returns their records."
     monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], classes=2, train_per_class=6, val_per_class=3, batch_size=4, epochs=1))
-    for section in experiments.EXTRA: monkeypatch.setitem(experiments.EXTRA, section, list)
+    for section in single_run.EXTRA: monkeypatch.setitem(single_run.EXTRA, section, list)
     few = [Perturbation("clean", lambda x, y, m: x), Perturbation("noise", lambda x, y, m: add_noise(x, .1), .1, "sd")]
-    monkeypatch.setattr(experiments, "standard_perturbations", lambda: few)
+    monkeypatch.setattr(single_run, "standard_perturbations", lambda: few)
     calls.clear()
     def start(one=(), two=(), **kwargs):
         monkeypatch.setitem(SECTIONS, "one", lambda: list(one)); monkeypatch.setitem(SECTIONS, "two", lambda: list(two))
@@ -79,11 +80,11 @@ def test_another_seed_is_another_training(go):
     assert len(calls) == 6
 
 def test_a_training_whose_measurement_was_interrupted_is_not_repeated(go, tmp_path, monkeypatch):
-    measure = experiments.evaluate
-    monkeypatch.setattr(experiments, "evaluate", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    measure = single_run.evaluate
+    monkeypatch.setattr(single_run, "evaluate", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt): go([net("a")])
     assert load_records(tmp_path/"results") == [] and len(calls) == 3
-    monkeypatch.setattr(experiments, "evaluate", measure)
+    monkeypatch.setattr(single_run, "evaluate", measure)
     assert len(go([net("a")])) == 1 and len(calls) == 3
 
 def test_a_network_is_found_under_the_name_of_another_section(go, tmp_path, tiny):
@@ -188,19 +189,24 @@ def test_what_a_demo_run_needs_comes_before_it():
             ready.add((section, r.name))
 
 
+def test_records_stand_in_the_order_of_the_grids_and_what_is_in_none_comes_last():
+    known = [dict(section=r.section, name=r.name, seed=s) for section in SECTIONS.values() for r in section() for s in (0, 1)]
+    late, early = (dict(section="recipe", name="mine", seed=s) for s in (1, 0)) # no run of that section, which is the last
+    other = [dict(section="mine", name=n, seed=s) for n, s in (("b", 1), ("a", 0))]
+    assert in_order([other[0], late, *known[::-1], early, other[1]]) == [*known, late, early, *other] and in_order([]) == []
+
 # ensembles
 
 def test_ensembles_measured_together_are_left_to_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "_lacking", lambda *args: set())
+    monkeypatch.setattr(experiments, "lacking", lambda *args: set())
     runs = [Run("two", n, members=(("one", "a"),)) for n in "xyz"] + [net("alone")]
     jobs = {n: experiments.Job(r, 0, {}, n, "to measure", 1.) for n, r in zip([*"xyz", "alone"], runs, strict=True)}
     said = []; at = SimpleNamespace(scale=SCALES["smoke"], about={}, folder=tmp_path, say=said.append)
     left, lock = dict(jobs), FileLock(tmp_path/".locks"/"smoke-two-0.lock", timeout=0)
     free = experiments._alone(left, at, tmp_path)
-    for n in "xyz":
-        assert next(free) == (n, jobs[n]) and n not in left
-        with pytest.raises(Timeout): lock.acquire()
-    assert next(free)[0] == "alone"
+    assert next(free) == {n: jobs[n] for n in "xyz"} and list(left) == ["alone"]
+    with pytest.raises(Timeout): lock.acquire()
+    assert list(next(free)) == ["alone"] and not left
     with lock: pass # nobody holds it any more
     assert list(free) == [] and said == []
 
@@ -248,7 +254,7 @@ def test_members_that_are_not_there_are_trained_without_a_record(go, tmp_path):
     assert one["metrics"]["disagreement"]["one / a"]["one / a"] == 0 and set(one["metrics"]["disagreement"]) == {"one / a", "one / b"}
 
 def test_where_attacks_are_measured_an_ensemble_is_attacked_and_certified_itself(go, monkeypatch):
-    monkeypatch.setattr(experiments, "ATTACKED", ("two",)); monkeypatch.setitem(experiments.MEASURED, "two", experiments.MEASURED["robustness"])
+    monkeypatch.setattr(single_run, "ATTACKED", ("two",)); monkeypatch.setitem(single_run.MEASURED, "two", single_run.MEASURED["robustness"])
     a, b = net("a"), net("b", length=2.)
     alone, pooled = replace(a, section="two"), Run("two", "ensemble", members=(("one", "a"), ("one", "b")))
     records = go([a, b], [alone, pooled])
@@ -261,14 +267,14 @@ def test_where_attacks_are_measured_an_ensemble_is_attacked_and_certified_itself
 
 def test_all_that_claim_to_be_robust_are_held_against_the_same():
     runs = strongest()
-    assert {r.section for r in runs} == {"robustness"} and "robustness" in experiments.ATTACKED and "robustness" in experiments.MEASURED
+    assert {r.section for r in runs} == {"robustness"} and "robustness" in single_run.ATTACKED and "robustness" in single_run.MEASURED
     assert {*KEPT, "baseline", "ensemble"} < {r.name for r in runs} and len({r.sources for r in runs}) == 1
 
 def test_a_network_is_measured_once_however_many_sections_ask(go, monkeypatch):
-    asked, real = [], experiments.evaluate
-    monkeypatch.setattr(experiments, "evaluate", lambda model, images, perturbations, **how:
+    asked, real = [], single_run.evaluate
+    monkeypatch.setattr(single_run, "evaluate", lambda model, images, perturbations, **how:
                         asked.append([p.name for p in perturbations]) or real(model, images, perturbations, **how))
-    monkeypatch.setitem(experiments.EXTRA, "two", lambda: [Perturbation("black", lambda x, y, m: 0*x)])
+    monkeypatch.setitem(single_run.EXTRA, "two", lambda: [Perturbation("black", lambda x, y, m: 0*x)])
     a, b = net("a"), replace(net("b"), section="two")
     first, second = go([a], [b])
     assert asked == [["clean", "noise"], ["black"]]
@@ -281,7 +287,7 @@ def test_a_network_to_start_from_is_trained_first_and_not_twice(go):
     on = replace(net("on"), start=("one", "first"), first="head", objective=cross_entropy)
     records = go([first, on], names=["on"])
     assert [r["name"] for r in records] == ["on"] and len(calls) == 3
-    assert [r["name"] for r in go([first, on])] == ["on", "first"] and len(calls) == 3
+    assert [r["name"] for r in go([first, on])] == ["first", "on"] and len(calls) == 3
     assert records[0]["metrics"]["filters"] == go([first, on])[1]["metrics"]["filters"], "all but the head is that of the first"
 
 def test_the_articles_ensemble_is_measured_with_each_member_and_without_it():
@@ -294,10 +300,10 @@ def test_the_articles_ensemble_is_measured_with_each_member_and_without_it():
 # boxes
 
 def test_boxes_are_learnt_and_measured(go, monkeypatch):
-    monkeypatch.setitem(experiments.EXTRA, "one", affine_perturbations)
-    monkeypatch.setitem(experiments.MEASURED, "one", experiments.MEASURED["multi_task"])
+    monkeypatch.setitem(single_run.EXTRA, "one", affine_perturbations)
+    monkeypatch.setitem(single_run.MEASURED, "one", single_run.MEASURED["multi_task"])
     drawn = make_synthetic(cache_folder()/"drawn", 6, 3, classes=2, size=32)
-    monkeypatch.setattr(experiments, "drawn_images", lambda scale, seed: load_data(drawn))
+    monkeypatch.setattr(single_run, "drawn_images", lambda scale, seed: load_data(drawn))
     plain, both = net("baseline"), replace(net("multi-task"), objective=multi_task_loss, boxes=True)
     spoiled = replace(both, name="boxes shuffled 1", degraded=("shuffled", 1.))
     records = {r["name"]: r for r in go([plain, both, spoiled])}
@@ -319,5 +325,5 @@ def test_a_damaged_history_names_the_folder_to_remove(go, tmp_path, content):
 
 def test_what_is_on_record_takes_no_lock(go, tmp_path, monkeypatch):
     records = go([net("a")])
-    monkeypatch.setattr(experiments, "alone_with", None) # as where nothing can be written
+    for module in (experiments, single_run): monkeypatch.setattr(module, "alone_with", None) # as where nothing can be written
     assert go([net("a")]) == records

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustcv import adversarial_training as at, experiments
+from robustcv import adversarial_training as at, single_run
 from robustcv.core import load_records
 from robustcv.data import ImageSet
 from robustcv.evaluation import Perturbation
@@ -89,14 +89,14 @@ def test_a_checkpoint_of_two_is_continued_by_two(tmp_path):
 
 def test_a_grid_of_two_processes_is_recorded_once_and_told_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(SECTIONS, "baseline", lambda: [Run("baseline", "plain", "shufflenet_v2_x0_5", training={"epochs": 1})])
-    monkeypatch.setattr(experiments, "standard_perturbations", lambda: [Perturbation("clean", lambda x, y, m: x)])
+    monkeypatch.setattr(single_run, "standard_perturbations", lambda: [Perturbation("clean", lambda x, y, m: x)])
     def work():
         said = []
         found = run_section("baseline", "smoke", data=tiny, seeds=(0,), results=tmp_path/"results", folder=tmp_path/"runs", device="cpu", say=said.append)
         return main_process(), len(said), [r["id"] for r in found]
     (first, told, ids), (second, silent, same) = launched(work)
     assert (first, second) == (True, False) and told and not silent and ids == same
-    assert [r["id"] for r in load_records(tmp_path/"results")] == ids and (tmp_path/"results"/"baseline.jsonl").read_text().count("\n") == 1
+    assert [r["id"] for r in load_records(tmp_path/"results")] == ids and (tmp_path/"results"/"baseline-smoke.jsonl").read_text().count("\n") == 1
 
 def test_statistics_over_the_whole_batch_are_for_gpus():
     def work():

@@ -13,8 +13,8 @@ import robustcv
 HERE = Path(robustcv.__file__).parent
 LAYERS = [["core"], ["cache", "download", "drawing", "processes"], ["data"], ["synthetic", "transforms", "models"], ["affine"],
           ["color_jitter", "random_erase", "fgsm", "stability", "symmetry", "multi_task", "ensemble", "recipe"], ["adversarial_training"],
-          ["perturbations", "training"], ["evaluation", "grids", "features"], ["experiments", "tables", "scaling"],
-          ["comparisons"], ["claims", "scoreboard", "benchmarks"], ["figures"], ["model_figures"], ["__main__"]]
+          ["perturbations", "training"], ["evaluation", "grids", "features"], ["single_run", "tables", "scaling"],
+          ["experiments"], ["comparisons"], ["claims", "scoreboard", "benchmarks"], ["figures"], ["model_figures"], ["__main__"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SECTIONS = {*LAYERS[5], *LAYERS[6]}
 MODULES = sorted(f.stem for f in HERE.glob("*.py") if f.stem not in ("__init__", "_modidx"))

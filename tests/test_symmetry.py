@@ -15,7 +15,7 @@ from robustcv.core import SCALES, generator
 from robustcv.data import Batches, load_tiny_imagenet
 from robustcv.evaluation import evaluate, measure_orbit
 from robustcv.perturbations import standard_perturbations, symmetry_perturbations
-from robustcv.experiments import scale_data
+from robustcv.single_run import scale_data
 from robustcv.models import build_model
 from robustcv.symmetry import (ELEMENTS, RandomSymmetry, _by_element, _by_pixel, apply_symmetry, compose, inverse, orbit_features,
                                rotation_response, selectivity, split_at, symmetrize, turned)

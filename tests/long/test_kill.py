@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from robustcv import experiments
+from robustcv import single_run
 from robustcv.core import SCALES
 from robustcv.data import load_data
 from robustcv.evaluation import Perturbation
@@ -61,7 +61,7 @@ def grid(tiny, monkeypatch):
     "A grid of two short runs, and the cache that they read, in a folder."
     monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], classes=4, train_per_class=6, val_per_class=3, batch_size=4, epochs=12, seeds=(0, 1)))
     monkeypatch.setitem(SECTIONS, "tiny", lambda: RUNS)
-    monkeypatch.setattr(experiments, "standard_perturbations", lambda: [Perturbation("clean", lambda x, y, m: x)])
+    monkeypatch.setattr(single_run, "standard_perturbations", lambda: [Perturbation("clean", lambda x, y, m: x)])
     return lambda folder: lambda: run_sections(["tiny"], "smoke", data=tiny, results=folder/"results", folder=folder/"runs", device="cpu",
                                                say=lambda line: None, cache=folder/"cache")
 

@@ -81,16 +81,16 @@ def test_every_launcher_comes_to_the_weights_of_torchrun(launcher, tmp_path):
 def test_a_process_that_is_late_finds_the_network_that_the_first_has_trained_meanwhile(tmp_path):
     (tmp_path/"script.py").write_text(f"""
 import os, sys, time
-from robustcv import experiments, grids
+from robustcv import grids, single_run
 from robustcv.experiments import run_section
 from robustcv.grids import Run
 from robustcv.perturbations import Perturbation
 net = "shufflenet_v2_x0_5"
 runs = [Run("tiny", "a", net), *[Run("tiny", n, net, start=("tiny", "a"), first="head") for n in "bc"], Run("tiny", "d", net, training=dict(lr=.01))]
 grids.SECTIONS["tiny"] = lambda: runs
-usual = experiments.standard_perturbations
+usual = single_run.standard_perturbations
 def slow(x, y, model): time.sleep(3*int(os.environ["RANK"])); return x
-experiments.standard_perturbations = lambda: [*usual()[:1], Perturbation("slow", slow)]
+single_run.standard_perturbations = lambda: [*usual()[:1], Perturbation("slow", slow)]
 run_section("tiny", "smoke", results="{tmp_path}/results", folder="{tmp_path}/runs", cache="{tmp_path}/cache", device="cpu")
 """)
     done = torchrun(tmp_path/"script.py")
