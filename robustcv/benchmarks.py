@@ -353,7 +353,7 @@ def _fitted_marks(data, classes, per_class, config):
     train, valid = (subset(s, classes, per_class) for s in load_data(data, 64))
     augment = Compose(RandomHorizontalFlip(), RandomCrop(64, 4, "reflect"))
     history = fit(build_model("resnet18", len(train.classes)), train, valid, transform=augment, config=config,
-                  watch=lambda model, batches: at.append(time.perf_counter() - start) or {})
+                  watch=lambda model, batches, before: at.append(time.perf_counter() - start) or {})
     return list(zip(at, history.valid_accuracy, strict=True))
 
 def _files(data, classes, per_class):

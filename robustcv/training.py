@@ -355,7 +355,7 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
         seed:int=0, # of order, transforms and whatever else is random in training
         device=None, # where to train; None: the best device there is
         folder=None, # for checkpoints, and to resume from; None: nothing is written
-        watch=None, # watch(model, batches of `valid`) -> dict of numbers: more columns, measured after every epoch
+        watch=None, # watch(model, batches of `valid`, rows of the epochs before) -> dict of numbers: more columns, measured after every epoch
         probe:ImageSet|None=None, # images for the training accuracy; None: `probe_images`
        ) -> pd.DataFrame: # one row an epoch: loss, accuracies in %, lr, seconds, images_per_second
     "Train a model, with a measurement and a checkpoint after every epoch; resumes an unfinished run."
@@ -368,7 +368,7 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
             for name, b in run.probes.items():
                 correct, total = run.reduce(accuracy(model, b, config.precision), "sum").tolist()
                 row[name] = 100*correct/total
-            if watch is not None: row |= {k: float(v) for k, v in watch(model, run.probes["valid_accuracy"]).items()}
+            if watch is not None: row |= {k: float(v) for k, v in watch(model, run.probes["valid_accuracy"], run.checkpoint.history).items()}
             run.bar.set_postfix({"epoch": epoch + 1, "loss": f"{row['loss']:.3f}", "valid": f"{row['valid_accuracy']:.1f} %"})
             run.checkpoint.save(row, run.main, last=epoch + 1 == config.epochs)
     if config.keep == "best": model.load_state_dict(run.checkpoint.best)

@@ -110,12 +110,12 @@ def test_the_watch_adds_a_column_and_warns_of_collapse():
     model, watch = Constant(), WatchPGD(.05, 1)
     zeros = ImageSet(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.zeros(8, dtype=torch.long), tuple("abcd"))
     with warnings.catch_warnings():
-        warnings.simplefilter("error"); assert watch(model, Batches(zeros, 4)) == {"pgd_accuracy": 100.}
+        warnings.simplefilter("error"); assert watch(model, Batches(zeros, 4), []) == {"pgd_accuracy": 100.}
     model.to = 1
-    with pytest.warns(CollapseWarning, match="0.0 %"): watch(model, Batches(zeros, 4))
+    with pytest.warns(CollapseWarning, match="fell to 0.0 %, after 100.0 %"): watch(model, Batches(zeros, 4), [{"pgd_accuracy": a} for a in (100., 60.)])
     some, watch = replace(zeros, labels=torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])), WatchPGD(.05, 1) # a quarter is chance
-    for model.to, left in ((0, 25.), (3, 0.)):
-        with warnings.catch_warnings(): warnings.simplefilter("error"); assert watch(model, Batches(some, 4)) == {"pgd_accuracy": left}
+    for model.to, left, before in ((0, 25., []), (3, 0., [{"pgd_accuracy": 25.}])):
+        with warnings.catch_warnings(): warnings.simplefilter("error"); assert watch(model, Batches(some, 4), before) == {"pgd_accuracy": left}
 
 @pytest.mark.parametrize("objective, word", [(partial(adversarial_loss, alpha=0), "alpha"), (partial(adversarial_loss, eps=8), "eps"),
     (partial(adversarial_data_loss, share=0), "share"), (partial(adversarial_data_loss, weight=0), "weight"),
@@ -140,13 +140,18 @@ def test_a_warm_up_tells_its_objective_of_epochs():
     assert WarmUp(objective, 2).for_epoch(2) is objective and objective._from is None
     assert WarmUp(pgd_loss, 2).for_epoch(3) is pgd_loss and WarmUp(objective, 2).for_epoch(1) is not objective
 
-def test_the_best_of_one_training_is_not_that_of_another():
-    images = ImageSet(torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8), torch.zeros(40, dtype=torch.int64), tuple("abcd"))
-    class Always(nn.Module):
-        def __init__(self, k): super().__init__(); self.w = nn.Parameter(torch.zeros(1)); self.k = k
-        def forward(self, x): return nn.functional.one_hot(torch.full((len(x),), self.k), 4).float() + self.w*x.mean((1, 2, 3))[:, None]
-    watch, right, wrong = WatchPGD(), Always(0), Always(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert watch(right, Batches(images, 20))["pgd_accuracy"] == 100 and watch(wrong, Batches(images, 20))["pgd_accuracy"] == 0
+def test_a_watch_knows_of_the_epochs_before_an_interruption(tmp_path):
+    class Forgets(nn.Module): # what it does is decided by its mode, its epoch and nothing else
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(4)); self.register_buffer("epochs", torch.zeros(()))
+        def forward(self, x): return F.one_hot(torch.full((len(x),), int(self.epochs > 1)), 4) + self.w + 0*x.mean((1, 2, 3))[:, None]
+    zeros = ImageSet(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.zeros(8, dtype=torch.long), tuple("abcd"))
+    stop = [True]
+    def objective(model, batch, backward):
+        if model.epochs == 1 and stop: stop.clear(); raise KeyboardInterrupt
+        model.epochs += 1; return model(batch.images).sum()*0
+    go = lambda: fit(Forgets(), zeros, zeros, objective, config=Training(2, 8, lr=.01, precision="fp32"), device="cpu", folder=tmp_path, watch=WatchPGD(.05, 1))
+    with pytest.raises(KeyboardInterrupt): go()
+    with pytest.warns(CollapseWarning, match="fell to 0.0 %, after 100.0 %"): assert go().pgd_accuracy.tolist() == [100, 0]
+
+def test_a_watch_of_no_images_is_refused():
     with pytest.raises(ValueError, match="images=0"): WatchPGD(images=0)

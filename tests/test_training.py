@@ -369,7 +369,7 @@ def test_steps_use_the_memory_of_the_steps_before():
                                 nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, K)), images(24)
     data = ImageSet(data.images.repeat(1, 1, 8, 8), data.labels, data.classes)
     pages = []
-    def count(model, batches): pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt); return {}
+    def count(model, batches, before): pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt); return {}
     fit(model, data, images_like(data, 4), config=Training(4, 24, lr=.01, precision="fp32"), device="cpu", watch=count)
     assert np.diff(pages).min() < 2_000, np.diff(pages)
 
@@ -420,7 +420,7 @@ def test_what_a_transform_keeps_in_attributes_tells_checkpoints_apart(tmp_path):
     with pytest.raises(ValueError, match="other settings or data"): run(transform=Shift(.2), folder=tmp_path)
 
 def test_numbers_of_any_kind_may_be_watched_and_be_seeds(tmp_path):
-    history = run(watch=lambda model, batches: {"a": torch.tensor(2.), "b": np.float32(3)}, seed=np.int64(1), folder=tmp_path)[1]
+    history = run(watch=lambda model, batches, before: {"a": torch.tensor(2.), "b": np.float32(3)}, seed=np.int64(1), folder=tmp_path)[1]
     assert (history.a == 2).all() and (history.b == 3).all()
 
 def test_a_checkpoint_with_parts_missing_is_named(tmp_path):

@@ -36,7 +36,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(disk, tmp_path):
         torch.manual_seed(0); model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 12), nn.Linear(12, 2)) # 0.15 MB, as much of momentum and of the best weights
         history = fit(model, images, images, config=Training(epochs=3, batch_size=4, lr=1e-3, precision="fp32"), device="cpu", folder=folder, watch=watch)
         return history.drop(columns=["seconds", "images_per_second"]), model.state_dict()
-    def fills_up(model, valid): # after the first epoch
+    def fills_up(model, valid, before): # after the first epoch
         if (disk/"state.pt").exists(): fill(disk, 100_000)
         return {}
     refused(lambda: go(disk, fills_up), disk/"state.pt")
