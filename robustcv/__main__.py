@@ -16,7 +16,8 @@ import typer
 
 from .benchmarks import MEASURES, bench
 from .claims import ledger, summary_table
-from .core import SCALES, SIZES, alone_with, atomic_path, choose, device_name, disk_errors, load_records, pick_device, seed_everything, set_style
+from .core import (SCALES, SIZES, alone_with, atomic_path, choose, device_name, disk_errors, git_commit, library_versions, load_records, pick_device,
+                           seed_everything, set_style)
 from .data import in_both, known_boxes, load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, right_by_condition, unpack
@@ -40,8 +41,12 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Fetch,
 app.add_typer(data_app, name="data")
 _debug = False
 
+def _version(asked):
+    if asked: print(" · ".join(f"{k} {v}" for k, v in {**library_versions(), "commit": git_commit()}.items())); raise typer.Exit()
+
 @app.callback()
-def _options(debug:bool=typer.Option(False, "--debug", help="Show tracebacks of errors.")):
+def _options(debug:bool=typer.Option(False, "--debug", help="Show tracebacks of errors."),
+             version:bool=typer.Option(False, "--version", callback=_version, is_eager=True, help="Print what results depend on, and leave.")):
     global _debug; _debug = debug
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
 
@@ -311,10 +316,10 @@ def figures(scale:str=typer.Option("lite", help=_SCALES_HELP),
             folder:Path=typer.Option("runs", help="Folder of the models, for the same pictures.")):
     "Draw the figures of every section on record.\n\nExample: `robustcv figures --scale lite`"
     records = _on_record(results, scale)
+    for f in draw_models(SCALES[scale], data, folder, out) if data is not None else (): print(f"figure: {f}") # first, since only images can be missing
     for section in dict.fromkeys(r["section"] for r in records):
         for f in draw_figures([r for r in records if r["section"] == section], out): print(f"figure: {f}")
     for f in draw_summary(records, out): print(f"figure: {f}")
-    for f in draw_models(SCALES[scale], data, folder, out) if data is not None else (): print(f"figure: {f}")
 
 # %% ../nbs/40_command_line.ipynb #ce171970
 @command(app)

@@ -117,6 +117,8 @@ def plot_attacks(records:list, # of a section that measures attacks
     attacks = {n: list(dict.fromkeys(t.perturbation[t.unit.str.startswith("ε")])) for n, t in runs.items()}
     kinds, unit = list(dict.fromkeys(sum(sorted(attacks.values(), key=len, reverse=True), []))), 255*float(normalized(1.).mean())
     colors = _kind_colors(kinds)
+    single = [k for k in kinds if all((t.perturbation == k).sum() < 2 for t in runs.values())] # which stand side by side where they hide one another
+    aside = {k: .016*(i - (len(single) - 1)/2) for i, k in enumerate(single)}
     for ax in axes.flat[len(runs):]: ax.remove()
     for ax, (name, t) in zip(axes.flat, runs.items(), strict=False):
         for kind in kinds:
@@ -124,7 +126,7 @@ def plot_attacks(records:list, # of a section that measures attacks
             if own.empty: continue
             start = t.iloc[:1].assign(strength=0.) if len(own) > 1 else t.iloc[:0]
             own = pd.concat([start, own])
-            ax.errorbar(own.strength, own.accuracy, [own.accuracy - own.low, own.high - own.accuracy],
+            ax.errorbar(own.strength + aside.get(kind, 0), own.accuracy, [own.accuracy - own.low, own.high - own.accuracy],
                         color=colors[kind], marker="o", markersize=4, lw=1.4, label=kind)
         ax.set(title=name, xlabel="ε (normalised units)", ylim=(-3, 100))
         above = ax.secondary_xaxis("top", functions=(lambda e: e*unit, lambda n: n/unit)); above.tick_params(labelsize=7)

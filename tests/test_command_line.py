@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,7 @@ def test_some_runs_of_a_section_are_run_drawn_and_held_against_the_claims(tmp_pa
     assert "color_jitter / baseline" in text and "worst" in text and (tmp_path / "board.png").stat().st_size > 1000
     text = call("figures", *where, "--out", tmp_path / "figures")
     assert sorted(text.split("figure: ")[1:]) == sorted(f"{f}\n" for f in (tmp_path / "figures").iterdir())
+    assert "nowhere" in call("figures", *where, "--data", tmp_path / "nowhere", "--out", tmp_path / "none", code=1) and not (tmp_path / "none").exists()
     assert "color_jitter-smoke-fields.png" in text
 
 
@@ -230,6 +232,11 @@ def test_usage_errors_exit_with_2_and_help_shows_an_example():
     call("run", "baseline", "--sclae", "lite", code=2)
     for command in ("train", "evaluate", "run", "demo", "figures", "claims", "scoreboard", "record", "data get", "data synthetic", "data info"):
         assert "Example:" in call(*command.split(), "--help")
+
+
+def test_the_version_says_what_results_depend_on():
+    text = call("--version")
+    assert all(f"{p} {version(p)}" in text for p in ("robustcv", "torch", "torchvision", "numpy")) and "commit" in text
 
 
 def test_as_a_process_debug_shows_the_traceback(tmp_path):

@@ -183,6 +183,12 @@ def test_attacks_are_drawn_from_clean_accuracy_to_the_greatest_radius():
         assert lines["FGSM"].tolist() == [[0, 90], [.05, 60], [.2, 50], [.4, 30]] and lines["PGD-20"].tolist() == [[.2, 40]]
     assert len(plot_attacks(attacked(), ["ResNet-18"]).axes) == 1
 
+def test_attacks_of_one_radius_stand_side_by_side():
+    records = attacked()
+    for r in records: r["metrics"]["evaluation"].append({**r["metrics"]["evaluation"][-1], "perturbation": "strong attacks"})
+    lines = {c.get_label(): c.lines[0].get_xydata().tolist() for c in plot_attacks(records).axes[0].containers}
+    assert lines["PGD-20"] == [pytest.approx((.192, 40))] and lines["strong attacks"] == [pytest.approx((.208, 40))] and lines["FGSM"][1] == [.05, 60]
+
 def test_what_was_watched_is_drawn_over_the_training():
     ax = plot_watched(attacked())
     assert [line.get_xydata().tolist() for line in ax.lines[:2]] == [[[.5, 10], [1, 20]], [[.5, 50], [1, 50]]] and len(ax.lines) == 4
