@@ -67,7 +67,9 @@ def _decode(job):
         if image.shape != shape:
             errors.append(f"{file}: {image.shape[2]}×{image.shape[1]} pixels where others have {shape[2]}×{shape[1]}")
         else: pixels[i] = image; digests.append(digest)
-    with open(part, "rb+") as f: f.seek(offset); f.write(pixels)
+    with open(part, "rb+") as f:
+        f.seek(offset); f.write(pixels); f.flush()
+        if hasattr(os, "posix_fadvise"): os.posix_fadvise(f.fileno(), offset, pixels.nbytes, os.POSIX_FADV_DONTNEED) # to disk, in the background
     return digests, errors
 
 # %% ../nbs/01a_cache.ipynb #dd29fa45
