@@ -49,6 +49,11 @@ class ImageSet:
         for part in (self.digests, self.labels): h.update(part.numpy().tobytes())
         return h.hexdigest()
 
+    @cached_property
+    def box_fingerprint(self) -> str|None:
+        "16 hex digits that identify the boxes; None: there are none."
+        return None if self.boxes is None else hashlib.blake2b(self.boxes.numpy().tobytes(), digest_size=8).hexdigest()
+
 # %% ../nbs/01_data.ipynb #017b4e9a
 def known_boxes(boxes:Tensor) -> Tensor: # bool (N,)
     "Which boxes (N,4) have an area; one without says that no box is known."

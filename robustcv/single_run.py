@@ -64,8 +64,9 @@ def scale_data(scale:Scale, # how much
 
 def describe_data(train:ImageSet, valid:ImageSet) -> dict:
     "What a record says of its images."
+    boxes = {} if train.boxes is None else {"boxes": f"{train.box_fingerprint}-{valid.box_fingerprint}"}
     return dict(name=train.name, synthetic=train.synthetic, fingerprint=f"{train.fingerprint}-{valid.fingerprint}",
-                classes=len(train.classes), train=len(train), valid=len(valid), pixels=train.images.shape[-1])
+                classes=len(train.classes), train=len(train), valid=len(valid), pixels=train.images.shape[-1], **boxes)
 
 # %% ../nbs/19a_single_run.ipynb #d4cd4cf2
 @dataclass
@@ -86,13 +87,21 @@ class Setting:
 
 def identity(run:Run, scale:Scale, seed:int, about:dict, # what `describe_data` says of the images
             ) -> tuple: # dictionary and string
-    "A run's configuration, and the id of its record."
-    config = describe(dict(run=run, training=run.settings(scale)))
+    "A run's configuration, which says how the networks that it builds on are made and which boxes it learns, and the id of its record."
+    built_on = dict(networks=_digests([*([run.start] if run.start else []), *run.members], scale), attackers=_digests(run.sources, scale),
+                    boxes=run.boxes and about.get("boxes"))
+    config = describe(dict(run=run, training=run.settings(scale)) | {k: v for k, v in built_on.items() if v})
     return config, run_id(run.section, run.name, scale.name, config, seed, about)
+
+def _digests(runs, scale):
+    "What tells how the networks of runs, given by section and name, are made, whatever the seed and the images."
+    return {f"{s} / {n}": identity(replace(_training(find_run(s, n)), watch=None), scale, 0, {"fingerprint": ""})[1] for s, n in runs}
+
+def _training(run): return replace(run, section="", name="", sources=()) # what its network and its learning curve depend on
 
 def _home(run, scale, seed, about, folder):
     "The folder of a run's network and checkpoints: the same for all runs with the same training, in whichever section."
-    _, id = identity(replace(run, section="", name="", sources=()), scale, seed, about)
+    _, id = identity(_training(run), scale, seed, about)
     return Path(folder)/scale.name/f"{run.model}-{seed}-{id[:8]}"
 
 def _is_trained(home): return (home/"history.json").is_file() # which is written last

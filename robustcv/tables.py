@@ -52,7 +52,8 @@ def _pm(values): return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 def network_id(record:dict) -> str: # 16 hex digits
     "What tells apart networks, whichever section trained and measured them; the same for all seeds."
     run = {k: v for k, v in record["config"]["run"].items() if k not in ("section", "name", "sources", "watch")} # where it is listed, what it is measured on
-    return run_id("", "", record["scale"], record["config"] | {"run": run}, 0, record["data"])
+    config = {k: v for k, v in record["config"].items() if k != "attackers"}
+    return run_id("", "", record["scale"], config | {"run": run}, 0, record["data"])
 
 def only_member(record:dict) -> tuple|None: # section and name
     "The network that an ensemble of one is; None: the record is of something else."

@@ -298,7 +298,7 @@ def _signature(model, train, valid, objective, transform, config, seed):
     own = [_settings(m) for m in transform.modules()] if isinstance(transform, nn.Module) else []
     return json.dumps(describe(dict(config=config, objective=objective, transform=[transform, own], seed=seed, model=about, frozen=getattr(model, "frozen", ()),
                                     data=[train.fingerprint, valid.fingerprint,
-                                          *([_digest(train.boxes)] if isinstance(model, Classifier) and model.config.get("boxes") else [])])))
+                                          *([train.box_fingerprint] if isinstance(model, Classifier) and model.config.get("boxes") else [])])))
 
 def _settings(module):
     "What a module keeps in plain attributes, which its description may leave out."
@@ -308,8 +308,6 @@ def _layers(model):
     "A digest of a network's layers, and of which parameters learn."
     what = repr((describe(model), [(n, tuple(p.shape), p.requires_grad) for n, p in model.named_parameters()]))
     return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
-
-def _digest(boxes): return None if boxes is None else hashlib.blake2b(boxes.numpy().tobytes(), digest_size=8).hexdigest()
 
 def _one_cycle(optimizer, config, steps):
     "torch's one-cycle schedule from a 25th of the peak; it divides by zero unless the rise takes at least two steps."

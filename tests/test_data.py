@@ -45,6 +45,11 @@ def test_the_fingerprint_notices_a_pixel_a_label_and_an_order(data, draw):
                rebuilt(data, classes=tuple(c.upper() for c in data.classes)), take(data, torch.arange(len(data) - 1))]
     assert len({data.fingerprint, *(c.fingerprint for c in changed)}) == 6
 
+def test_the_boxes_have_a_fingerprint_of_their_own():
+    data = images(3); moved = replace(data, boxes=data.boxes.flip(0) + 0)
+    assert data.box_fingerprint != moved.box_fingerprint and data.fingerprint == moved.fingerprint
+    assert replace(data, boxes=data.boxes.clone()).box_fingerprint == data.box_fingerprint and replace(data, boxes=None).box_fingerprint is None
+
 def test_take_keeps_rows_together():
     data, index = images(), torch.tensor([5, 0, 5])
     some = take(data, index)

@@ -20,7 +20,7 @@ from robustcv.perturbations import Perturbation, affine_perturbations
 from robustcv.stability import add_noise
 from robustcv.evaluation import evaluate, evaluate_together, unpack
 from robustcv.experiments import plan, run_sections, show_plan
-from robustcv.single_run import describe_data, scale_data, trained_model
+from robustcv.single_run import describe_data, identity, scale_data, trained_model
 from robustcv.tables import box_table
 from robustcv.grids import DEMO, KEPT, SECTIONS, Run, in_order, strongest, together
 from robustcv.models import build_model
@@ -194,6 +194,29 @@ def test_records_stand_in_the_order_of_the_grids_and_what_is_in_none_comes_last(
     late, early = (dict(section="recipe", name="mine", seed=s) for s in (1, 0)) # no run of that section, which is the last
     other = [dict(section="mine", name=n, seed=s) for n, s in (("b", 1), ("a", 0))]
     assert in_order([other[0], late, *known[::-1], early, other[1]]) == [*known, late, early, *other] and in_order([]) == []
+
+# what a record's id and a network's folder depend on
+
+def test_another_network_to_build_on_makes_another_run(monkeypatch):
+    scale, about = SCALES["smoke"], {"fingerprint": "f", "boxes": "b"}
+    def of(base, **more):
+        run = replace(net("on"), **{"start": (), **more})
+        monkeypatch.setitem(SECTIONS, "one", lambda: [base, run])
+        return identity(run, scale, 0, about)[1], single_run._home(run, scale, 0, about, ".")
+    plain, longer, watched = net("base"), net("base", length=2.), replace(net("base"), watch=dict)
+    m = (("one", "base"),)
+    for more in ({"start": m[0], "first": "head"}, {"members": m}):
+        (id, home), (other, elsewhere) = of(plain, **more), of(longer, **more)
+        assert id != other and home != elsewhere and of(watched, **more) == (id, home), "a watch changes no network"
+    (id, home), (other, same) = of(plain, sources=m), of(longer, sources=m)
+    assert id != other and home == same, "who attacks it changes what is measured, not what is trained"
+    assert of(plain) == of(longer)
+
+def test_other_boxes_make_another_run_where_they_are_learnt():
+    of = lambda run, boxes: (identity(run, SCALES["smoke"], 0, {"fingerprint": "f", "boxes": boxes})[1],
+                             single_run._home(run, SCALES["smoke"], 0, {"fingerprint": "f", "boxes": boxes}, "."))
+    assert of(net("a"), "x") == of(net("a"), "y")
+    assert all(a != b for a, b in zip(of(net("a", boxes=True), "x"), of(net("a", boxes=True), "y"), strict=True))
 
 # ensembles
 

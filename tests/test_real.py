@@ -1,13 +1,18 @@
 "The real Tiny ImageNet, where it is at hand."
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from robustcv.core import seed_everything
+from robustcv.core import SCALES, load_records, seed_everything
 from robustcv.data import in_both, load_tiny_imagenet, subset
 from robustcv.evaluation import evaluate
+from robustcv.experiments import plan
+from robustcv.grids import SECTIONS
 from robustcv.models import build_model
+from robustcv.single_run import describe_data, scale_data
 from robustcv.training import Training, fit
 from robustcv.transforms import RandomHorizontalFlip
 
@@ -45,6 +50,14 @@ def test_pixels_labels_and_boxes_are_those_of_the_files(sets, real):
         assert torch.from_numpy(pixels.copy()).permute(2, 0, 1).equal(val.images[i]) and wnids[val.labels[i]] == wnid
         x0, y0, x1, y1 = map(int, box)
         assert val.boxes[i].mul(64).tolist() == ([x0, y0, x1 + 1, y1 + 1] if x1 > x0 and y1 > y0 else [x0, y0, x0, y0])
+
+
+@pytest.mark.parametrize("scale", ["lite", "full"])
+def test_what_is_on_record_is_of_the_grids_of_today_and_of_these_images(scale, real):
+    about = describe_data(*scale_data(SCALES[scale], real))
+    ids = {job.id for job in plan(SECTIONS, SCALES[scale], about, range(3), folder="nowhere")}
+    records = [r for r in load_records(Path(__file__).parent.parent / "results") if r["scale"] == scale]
+    assert records and not [(r["section"], r["name"], r["seed"]) for r in records if r["id"] not in ids]
 
 
 def test_a_network_learns_real_classes_and_suffers_when_they_are_turned(sets):
