@@ -297,7 +297,7 @@ def _on_record(results, scale):
     "The records of a scale; of several data sets those of the first, with a warning, so that one statistic never mixes two."
     records = [r for r in load_records(results) if r["scale"] == choose("scale", scale, SCALES)]
     if not records:
-        there = list(dict.fromkeys(r["scale"] for r in load_records(results)))
+        there = [s for s in SCALES if s in {r["scale"] for r in load_records(results)}]
         others = f"there are some at {', '.join(there)}: --scale {there[0]}" if there else f"make some with `robustcv run … --scale {scale}`"
         raise ValueError(f"{results}: no records at scale '{scale}'; {others}" if results.is_dir() else f"{results}: no such folder of records; {others}")
     for r in records: _check_whole(r, results)
@@ -361,7 +361,7 @@ def run_bench(measures:list[str]=typer.Argument(None, help=f"Some of: {', '.join
 @command(app)
 def record(id:str=typer.Argument(..., help="The beginning of a record's id, as the ledger gives it."),
            results:Path=typer.Option("results", help="Folder of the records.")):
-    "Show one record: what was run, on what, where, and what was measured.\n\nExample: `robustcv record 717481`"
+    "Show one record: what was run, on what, where, and what was measured.\n\nExample: `robustcv record 26a46c`"
     found = [r for r in load_records(results) if r["id"].startswith(id)]
     if len(found) != 1:
         raise ValueError(f"id={id}: {len(found)} records in {results} begin so; give {'more of the id' if found else 'an id from `robustcv claims --json`'}")

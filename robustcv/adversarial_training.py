@@ -182,7 +182,7 @@ class WatchPGD:
             adv = pgd(model, x, y, self.eps, self.steps)
             with attacking(model), torch.no_grad(): right += int((model(adv).argmax(1) == y).sum())
             seen += len(y)
-        now, best = 100*right/max(1, seen), max((row["pgd_accuracy"] for row in before), default=0.)
+        now, best = 100*right/max(1, seen), max((row.get("pgd_accuracy", 0.) for row in before), default=0.) # a row may be of an epoch without a watch
         if best > 150/len(batches.data.classes) and now < best/2 and best - now > 5: # chance is no robustness to lose
             warnings.warn(f"accuracy under PGD fell to {now:.1f} %, after {best:.1f} % at its best: "
                           "catastrophic overfitting, if it is trained on single steps", CollapseWarning, stacklevel=2)

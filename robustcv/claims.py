@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from scipy.stats import norm, t as student
 
-from .core import generator
+from .core import SCALES, generator
 from .perturbations import ORBIT, attack_perturbations, labelled, standard_perturbations
 from .evaluation import wilson
 from .tables import accuracies, by_name, filters, one_setting
@@ -279,7 +279,7 @@ def summary_table(records:list, # as for `ledger`, or at several scales, which h
                  ) -> pd.DataFrame: # a row a claim: id, statement; effects in points (or what is not on record) and verdict, by scale
     "The ledger in short: of each claim the comparison that decides it."
     rows = {c.id: {"claim": c.id, "the article": c.statement + (" (ours)" if c.article == "not said" else "")} for c in CLAIMS.values()}
-    scales = list(dict.fromkeys(r["scale"] for r in records))
+    scales = [s for s in SCALES if s in {r["scale"] for r in records}]
     for scale in scales:
         some, where = [r for r in records if r["scale"] == scale], f", {scale}" if len(scales) > 1 else ""
         for c in CLAIMS.values():

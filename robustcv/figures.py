@@ -311,8 +311,9 @@ def draw_figures(records:list, # of one section, scale and data set
     "The figures of a section as PNG files named after section and scale."
     import matplotlib.pyplot as plt
     set_style()
-    r, folder, out = one_setting(records)[0], Path(folder), []
+    records, folder, out = one_setting(records), Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
+    r = records[0]
     for name, fig, *text in _figures(records):
         under(fig, *text or [basis(records)]); out.append(folder/f"{r['section']}-{r['scale']}-{name}.png"); fig.savefig(out[-1]); plt.close(fig)
     return out

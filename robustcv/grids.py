@@ -8,7 +8,7 @@ __all__ = ['KEPT', 'SECTIONS', 'DEMO', 'Run', 'baseline', 'color_jitter', 'rando
 
 # %% ../nbs/19_grids.ipynb #4f733043
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 
 from torchvision.transforms import v2
 
@@ -168,13 +168,12 @@ def find_run(section:str, name:str) -> Run:
     runs = {r.name: r for r in SECTIONS[choose("section", section, SECTIONS)]()}
     return runs[choose("run", name, runs)]
 
-@cache
-def _places(): return {s: (i, {r.name: k for k, r in enumerate(runs())}) for i, (s, runs) in enumerate(SECTIONS.items())}
-
 def in_order(records:list) -> list:
     "Records in the order of the grids, and seeds in theirs; runs that are in no grid come last in their section, in the order given."
+    sections = {r["section"] for r in records}
+    places = {s: (i, {r.name: k for k, r in enumerate(runs())}) for i, (s, runs) in enumerate(SECTIONS.items()) if s in sections}
     def place(r):
-        section, runs = _places().get(r["section"], (len(SECTIONS), {}))
+        section, runs = places.get(r["section"], (len(SECTIONS), {}))
         return (section, runs[r["name"]], r["seed"]) if r["name"] in runs else (section, len(runs), 0)
     return sorted(records, key=place)
 

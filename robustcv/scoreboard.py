@@ -15,7 +15,6 @@ from .core import choose
 from .perturbations import standard_perturbations
 from .comparisons import shares_right
 from .tables import accuracies, by_name, network_id, one_setting, only_member
-from .grids import SECTIONS
 
 # %% ../nbs/23_scoreboard.ipynb #e581bf12
 FAMILIES = {"clean": ("clean",), "orientation": ("rotation", "horizontal flip", "vertical flip"), "noise": ("noise, article", "noise"),

@@ -88,14 +88,15 @@ class Setting:
 def identity(run:Run, scale:Scale, seed:int, about:dict, # what `describe_data` says of the images
             ) -> tuple: # dictionary and string
     "A run's configuration, which says how the networks that it builds on are made and which boxes it learns, and the id of its record."
-    built_on = dict(networks=_digests([*([run.start] if run.start else []), *run.members], scale), attackers=_digests(run.sources, scale),
+    built_on = dict(networks=_digests([*([run.start] if run.start else []), *run.members], scale, about), attackers=_digests(run.sources, scale, about),
                     boxes=run.boxes and about.get("boxes"))
     config = describe(dict(run=run, training=run.settings(scale)) | {k: v for k, v in built_on.items() if v})
     return config, run_id(run.section, run.name, scale.name, config, seed, about)
 
-def _digests(runs, scale):
-    "What tells how the networks of runs, given by section and name, are made, whatever the seed and the images."
-    return {f"{s} / {n}": identity(replace(_training(find_run(s, n)), watch=None), scale, 0, {"fingerprint": ""})[1] for s, n in runs}
+def _digests(runs, scale, about):
+    "What tells how the networks of runs, given by section and name, are made, whatever the seed; boxes count where they are learnt, the images do not."
+    about = {**about, "fingerprint": ""}
+    return {f"{s} / {n}": identity(replace(_training(find_run(s, n)), watch=None), scale, 0, about)[1] for s, n in runs}
 
 def _training(run): return replace(run, section="", name="", sources=()) # what its network and its learning curve depend on
 
@@ -154,7 +155,7 @@ def lacking(run:Run, seed:int, scale:Scale, about:dict, # what `describe_data` s
     if own and _is_trained(*own): own, run = set(), replace(run, start=None)
     others = ([(m, seed) for m in (*run.members, *([run.start] if run.start else []))]
               + [(m, scale.seeds[0]) for m in run.sources if run.section in ATTACKED or run.members])
-    needs = [lacking(find_run(*m), k, scale, about, folder) for m, k in others]
+    needs = [lacking(replace(find_run(*m), sources=()), k, scale, about, folder) for m, k in others] # their own attackers are not needed
     return own.union(*needs)
 
 def in_training(homes) -> bool:

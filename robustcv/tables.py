@@ -26,7 +26,8 @@ def one_setting(records:list) -> list:
     kinds = {(r["scale"], r["data"]["fingerprint"]) for r in records}
     if len(kinds) > 1: raise ValueError(f"records of {len(kinds)} settings cannot share a statistic: {sorted(kinds)}; choose one scale and data set")
     twice = [k for k, n in Counter((r["section"], r["name"], r["seed"]) for r in records).items() if n > 1]
-    if twice: raise ValueError(f"run '{twice[0][1]}', seed {twice[0][2]}, is on record with several settings; choose the records of one")
+    if twice: raise ValueError(f"run '{twice[0][1]}', seed {twice[0][2]}, is on record with several settings; choose the records of one, "
+                               "or remove the older lines")
     return in_order(records)
 
 # %% ../nbs/18_tables.ipynb #66e83dcb
@@ -194,7 +195,8 @@ def member_table(records:list, # of the section `ensemble`
 
 # %% ../nbs/18_tables.ipynb #5b98511f
 def by_name(records:list) -> dict:
-    "Records grouped by the name of their run."
+    "Records grouped by the name of their run, in the order of the grids."
+    records = in_order(records)
     return {n: [r for r in records if r["name"] == n] for n in dict.fromkeys(r["name"] for r in records)}
 
 def filters(record:dict) -> torch.Tensor: # (O,3,k,k)

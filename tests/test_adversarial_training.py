@@ -113,6 +113,8 @@ def test_the_watch_adds_a_column_and_warns_of_collapse():
         warnings.simplefilter("error"); assert watch(model, Batches(zeros, 4), []) == {"pgd_accuracy": 100.}
     model.to = 1
     with pytest.warns(CollapseWarning, match="fell to 0.0 %, after 100.0 %"): watch(model, Batches(zeros, 4), [{"pgd_accuracy": a} for a in (100., 60.)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error"); assert watch(model, Batches(zeros, 4), [{"epoch": 1}]) == {"pgd_accuracy": 0.}, "of an epoch without a watch"
     some, watch = replace(zeros, labels=torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])), WatchPGD(.05, 1) # a quarter is chance
     for model.to, left, before in ((0, 25., []), (3, 0., [{"pgd_accuracy": 25.}])):
         with warnings.catch_warnings(): warnings.simplefilter("error"); assert watch(model, Batches(some, 4), before) == {"pgd_accuracy": left}

@@ -133,7 +133,7 @@ def test_two_scales_share_no_statistic_and_stand_side_by_side(monkeypatch):
     whole = [made(n, hits(p), scale="full") for n, p in (("a", .8), ("b", .4))]
     for f in (ledger, lambda r: summary(r, ["X"]), plot_claims):
         with pytest.raises(ValueError, match="records of 2 settings cannot share a statistic"): f([*RECORDS, *whole])
-    both, (one, other) = summary_table([*RECORDS, *whole]), (summary_table(rs) for rs in (RECORDS, whole))
+    both, (one, other) = summary_table([*whole, *RECORDS]), (summary_table(rs) for rs in (RECORDS, whole))
     assert list(both) == ["claim", "the article", "we found, lite", "verdict, lite", "we found, full", "verdict, full"]
     assert both["we found, lite"].tolist() == one["we found"].tolist() and both["verdict, full"].tolist() == ["contradicted", ""]
     assert both["we found, full"].tolist() == [other["we found"][0], "not on record"]

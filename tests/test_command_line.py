@@ -286,6 +286,10 @@ def test_what_is_wrong_with_a_comparison_is_said_before_anything_is_measured(tmp
     assert "typo.json: no such table" in call("evaluate", out / "model.safetensors", data, "--against", tmp_path / "typo.json", code=1)
     assert "is a folder; give the name of a file" in call("evaluate", out / "model.safetensors", data, "--out", tmp_path, code=1)
 
+def test_the_record_of_the_example_is_on_record():
+    id = re.search(r"robustcv record (\w+)", call("record", "--help")).group(1)
+    assert '"section": "baseline"' in call("record", id, "--results", Path(__file__).parent.parent/"results")
+
 @pytest.mark.parametrize("part, field", [("data", "name"), ("config", "run"), ("metrics", "evaluation"), ("metrics", "train_accuracy")])
 @pytest.mark.parametrize("command", ["claims", "scoreboard", "figures"])
 def test_a_record_that_lacks_something_is_named(tmp_path, part, field, command):

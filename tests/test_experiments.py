@@ -183,6 +183,11 @@ def test_attacks_are_drawn_from_clean_accuracy_to_the_greatest_radius():
         assert lines["FGSM"].tolist() == [[0, 90], [.05, 60], [.2, 50], [.4, 30]] and lines["PGD-20"].tolist() == [[.2, 40]]
     assert len(plot_attacks(attacked(), ["ResNet-18"]).axes) == 1
 
+def test_pictures_do_not_depend_on_the_order_in_which_records_were_written(tmp_path):
+    records = [{**r, "name": n, "section": "baseline"} for r, n in zip(attacked(), ("flip + crop", "plain"), strict=True)]
+    one, other = draw_figures(records, tmp_path/"one"), draw_figures(records[::-1], tmp_path/"other")
+    assert [f.name for f in one] == [f.name for f in other] and [f.read_bytes() for f in one] == [f.read_bytes() for f in other]
+
 def test_attacks_of_one_radius_stand_side_by_side():
     records = attacked()
     for r in records: r["metrics"]["evaluation"].append({**r["metrics"]["evaluation"][-1], "perturbation": "strong attacks"})

@@ -195,6 +195,12 @@ def test_records_stand_in_the_order_of_the_grids_and_what_is_in_none_comes_last(
     other = [dict(section="mine", name=n, seed=s) for n, s in (("b", 1), ("a", 0))]
     assert in_order([other[0], late, *known[::-1], early, other[1]]) == [*known, late, early, *other] and in_order([]) == []
 
+def test_the_order_asks_only_for_the_grids_of_these_records(monkeypatch):
+    monkeypatch.setitem(SECTIONS, "baseline", lambda: [Run("baseline", "other"), Run("baseline", "plain")]) # which other grids build on
+    monkeypatch.setitem(SECTIONS, "added", lambda: [Run("added", "b"), Run("added", "a")])
+    records = [dict(section=s, name=n, seed=k) for s, n, k in (("added", "a", 0), ("added", "b", 1), ("added", "b", 0), ("baseline", "plain", 0))]
+    assert in_order(records) == [records[k] for k in (3, 2, 1, 0)]
+
 # what a record's id and a network's folder depend on
 
 def test_another_network_to_build_on_makes_another_run(monkeypatch):
@@ -217,6 +223,20 @@ def test_other_boxes_make_another_run_where_they_are_learnt():
                              single_run._home(run, SCALES["smoke"], 0, {"fingerprint": "f", "boxes": boxes}, "."))
     assert of(net("a"), "x") == of(net("a"), "y")
     assert all(a != b for a, b in zip(of(net("a", boxes=True), "x"), of(net("a", boxes=True), "y"), strict=True))
+
+def test_boxes_that_a_network_below_has_learnt_count_too(monkeypatch):
+    below, above = net("below", boxes=True), [net("on", start=("one", "below"), first="head"), net("all", members=(("one", "below"),))]
+    monkeypatch.setitem(SECTIONS, "one", lambda: [below, *above])
+    for run in above: assert len({identity(run, SCALES["smoke"], 0, {"fingerprint": "f", "boxes": b})[1] for b in "xyx"}) == 2
+
+def test_the_attackers_of_an_attacker_are_not_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(single_run, "ATTACKED", ("one",))
+    first, second = net("first"), net("second", length=2., sources=(("one", "first"),))
+    third = net("third", length=3., sources=(("one", "second"),))
+    monkeypatch.setitem(SECTIONS, "one", lambda: [first, second, third])
+    home = lambda run: single_run._home(run, SCALES["smoke"], 0, {"fingerprint": "f"}, tmp_path)
+    needed = lambda run: single_run.lacking(run, 0, SCALES["smoke"], {"fingerprint": "f"}, tmp_path)
+    assert needed(third) == {home(third), home(second)} and needed(second) == {home(second), home(first)} and needed(first) == {home(first)}
 
 # ensembles
 

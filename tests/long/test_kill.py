@@ -69,7 +69,7 @@ def outcome(folder):
     "Everything that a grid leaves, without times: weights as bytes, records and learning curves."
     found = files(folder)
     assert not [n for n in found if n.endswith(".part")], "half-written files were left"
-    lines = [timeless(json.loads(l)) for l in found.pop("results/tiny.jsonl").decode().splitlines()]
+    lines = [timeless(json.loads(l)) for l in found.pop("results/tiny-smoke.jsonl").decode().splitlines()]
     return lines, {n: timeless(json.loads(b)) if n.endswith(".json") else b for n, b in found.items()}
 
 def test_a_grid_that_is_killed_ends_as_one_that_is_not(grid, tmp_path):
