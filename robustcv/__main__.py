@@ -50,6 +50,7 @@ def _options(debug:bool=typer.Option(False, "--debug", help="Show tracebacks of 
     global _debug; _debug = debug
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
 
+# %% ../nbs/40_command_line.ipynb #f5ced287
 def command(group, name=None):
     "Register a command whose expected errors are one line and exit code 1, and whose interruption is exit code 130, or 143."
     def register(f):

@@ -85,6 +85,7 @@ class Setting:
     @property
     def about(self) -> dict: return describe_data(self.train, self.valid)
 
+# %% ../nbs/19a_single_run.ipynb #6715a3d7
 def identity(run:Run, scale:Scale, seed:int, about:dict, # what `describe_data` says of the images
             ) -> tuple: # dictionary and string
     "A run's configuration, which says how the networks that it builds on are made and which boxes it learns, and the id of its record."
