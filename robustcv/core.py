@@ -379,6 +379,6 @@ COLORS = {"baseline": ".5", "plain": ".5", "ResNet-18, not augmented": ".5", "fl
 
 def model_colors(names) -> dict: # name to a matplotlib colour
     "The colours of models: those of `COLORS`, and for other names what the palette has left, in order."
-    palette = [f"C{i}" for i in range(10) if i != 7] # which is gray, as the baseline is
+    palette = [f"C{i}" for i in range(10) if i != 7] + ["#CC6677", "#6699CC"] # 7 is gray, as the baseline is
     free = cycle([c for c in palette if c not in {COLORS.get(n) for n in names}] or palette)
     return {n: COLORS.get(n) or next(free) for n in names}

@@ -16,7 +16,7 @@ from filelock import FileLock
 from scipy.stats import norm
 
 from robustcv import experiments, single_run
-from robustcv.core import SCALES, append_record, describe, load_records
+from robustcv.core import SCALES, append_record, describe, load_records, model_colors
 from robustcv.data import load_tiny_imagenet
 from robustcv.perturbations import ORBIT, Perturbation, standard_perturbations
 from robustcv.evaluation import COLUMNS, unpack, wilson
@@ -324,6 +324,11 @@ def test_the_runs_of_a_section_have_names_and_settings_of_their_own(section):
     assert len({r.name for r in runs}) == len(runs) == len({json.dumps(describe(replace(r, name="")), sort_keys=True) for r in runs})
     assert all(r.section == section for r in runs)
     assert any(r.objective is cross_entropy for r in runs), "one has none of the section's objectives"
+
+@pytest.mark.parametrize("section", ["adversarial_training", "stability", "symmetry", "multi_task", "recipe"]) # whose curves share a picture
+def test_each_network_of_a_section_has_a_colour_of_its_own(section):
+    colors = model_colors([r.name for r in experiments.SECTIONS[section]()])
+    assert len(set(colors.values())) == len(colors)
 
 AUGMENTED = [r for section in experiments.SECTIONS.values() for r in section() if r.transform is not None]
 
