@@ -296,9 +296,11 @@ def _check_whole(record, results):
 # %% ../nbs/40_command_line.ipynb #d0962d26
 def _on_record(results, scale):
     "The records of a scale; of several data sets those of the first, with a warning, so that one statistic never mixes two."
-    records = [r for r in load_records(results) if r["scale"] == choose("scale", scale, SCALES)]
+    choose("scale", scale, SCALES)
+    found = load_records(results)
+    records = [r for r in found if r["scale"] == scale]
     if not records:
-        there = [s for s in SCALES if s in {r["scale"] for r in load_records(results)}]
+        there = sorted({r["scale"] for r in found}, key=list(SCALES).index)
         others = f"there are some at {', '.join(there)}: --scale {there[0]}" if there else f"make some with `robustcv run … --scale {scale}`"
         raise ValueError(f"{results}: no records at scale '{scale}'; {others}" if results.is_dir() else f"{results}: no such folder of records; {others}")
     for r in records: _check_whole(r, results)

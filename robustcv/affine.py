@@ -53,6 +53,15 @@ def _check_interpolation(name):
     if name not in ("nearest", "bilinear"): raise ValueError(f"interpolation='{name}': use 'nearest' or 'bilinear'")
     return name
 
+def _check_angles(name, value, *limits):
+    "The range of an angle; a number d is short for (-d, d)."
+    return check_range(name, (-value, value) if isinstance(value, Number) else value, *limits)
+
+def _check_translate(translate):
+    if not isinstance(translate, (tuple, list)) or len(translate) != 2 or not all(isinstance(t, Number) and 0 <= t <= 1 for t in translate):
+        raise ValueError(f"translate={translate}: expected two fractions between 0 and 1, of width and height")
+    return tuple(translate)
+
 # %% ../nbs/02a_affine.ipynb #8ec758a0
 def affine_boxes(boxes:Tensor, # (B,4), see `ImageSet`
                  size:tuple, # height and width of the images, pixels
@@ -76,12 +85,9 @@ class RandomAffine(Transform):
                  fill:float=0., # value outside of the image
                 ):
         super().__init__()
-        both = lambda v: (-v, v) if isinstance(v, Number) else v
-        self.degrees, self.shear = check_range("degrees", both(degrees)), check_range("shear", both(shear), -89, 89)
+        self.degrees, self.shear = _check_angles("degrees", degrees), _check_angles("shear", shear, -89, 89)
         self.scale, self.interpolation, self.fill = check_range("scale", scale, 1e-3), _check_interpolation(interpolation), _check_fill(fill)
-        if not isinstance(translate, (tuple, list)) or len(translate) != 2 or not all(isinstance(t, Number) and 0 <= t <= 1 for t in translate):
-            raise ValueError(f"translate={translate}: expected two fractions between 0 and 1, of width and height")
-        self.translate = tuple(translate)
+        self.translate = _check_translate(translate)
 
     def draw(self, x, generator=None):
         draw = lambda low, high: uniform(len(x), low, high, generator)
@@ -108,7 +114,7 @@ class RandomRotation(Transform):
                  fill:float=0., # value outside of the image
                 ):
         super().__init__()
-        self.degrees = check_range("degrees", (-degrees, degrees) if isinstance(degrees, Number) else degrees)
+        self.degrees = _check_angles("degrees", degrees)
         self.interpolation, self.fill = _check_interpolation(interpolation), _check_fill(fill)
 
     def draw(self, x, generator=None): return {"angle": uniform(len(x), *self.degrees, generator)}

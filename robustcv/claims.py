@@ -279,7 +279,7 @@ def summary_table(records:list, # as for `ledger`, or at several scales, which h
                  ) -> pd.DataFrame: # a row a claim: id, statement; effects in points (or what is not on record) and verdict, by scale
     "The ledger in short: of each claim the comparison that decides it."
     rows = {c.id: {"claim": c.id, "the article": c.statement + (" (ours)" if c.article == "not said" else "")} for c in CLAIMS.values()}
-    scales = [s for s in SCALES if s in {r["scale"] for r in records}]
+    scales = sorted({r["scale"] for r in records}, key=list(SCALES).index)
     for scale in scales:
         some, where = [r for r in records if r["scale"] == scale], f", {scale}" if len(scales) > 1 else ""
         for c in CLAIMS.values():

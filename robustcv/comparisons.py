@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLEAN', 'DERIVED', 'conditions', 'accuracy_under', 'shares_right', 'common_conditions', 'spread', 'seed_spread',
-           'known_spread', 'paired', 'widened']
+           'known_spread', 'paired', 'widened', 'gain']
 
 # %% ../nbs/20a_comparisons.ipynb #4543eb9b
 import math
@@ -126,3 +126,12 @@ def widened(value:float, # points
     "An interval over images, with the spread over seeds added."
     more = student.ppf(.5 + confidence/2, seeds[1])*seeds[0]*math.sqrt(n) if seeds[1] else 0.
     return tuple(float(v) for v in (value, value - math.hypot(value - low, more), value + math.hypot(high - value, more)))
+
+# %% ../nbs/20a_comparisons.ipynb #b6c9bad7
+def gain(before:list, # records of a run, one a seed
+         after:list, # of another
+         where:tuple, # condition, or several, over which the accuracy is averaged
+         records:list, # of any runs, for the spread over seeds
+        ) -> str: # "difference (low to high)", in points
+    "What one run has over another, for a table: the difference and its 95 % interval over images and seeds."
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*paired(before, after, where, where, seeds=seed_spread(records, where)))

@@ -45,19 +45,19 @@ class ImageSet:
     @cached_property
     def fingerprint(self) -> str:
         "16 hex digits that identify the content: source files, labels, classes, size."
-        h = hashlib.blake2b(json.dumps([list(self.classes), list(self.images.shape)]).encode(), digest_size=8)
-        for part in (self.digests, self.labels): h.update(part.numpy().tobytes())
-        return h.hexdigest()
+        return _hexdigest(json.dumps([list(self.classes), list(self.images.shape)]).encode(), self.digests.numpy().tobytes(), self.labels.numpy().tobytes())
 
     @cached_property
     def box_fingerprint(self) -> str|None:
         "16 hex digits that identify the boxes; None: there are none."
-        return None if self.boxes is None else hashlib.blake2b(self.boxes.numpy().tobytes(), digest_size=8).hexdigest()
+        return None if self.boxes is None else _hexdigest(self.boxes.numpy().tobytes())
 
 # %% ../nbs/01_data.ipynb #017b4e9a
 def known_boxes(boxes:Tensor) -> Tensor: # bool (N,)
     "Which boxes (N,4) have an area; one without says that no box is known."
     return (boxes[:, 2:] > boxes[:, :2]).all(1)
+
+def _hexdigest(*parts): return hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()
 
 def _digests(contents): # iterable of bytes
     out = [hashlib.blake2b(c, digest_size=8).digest() for c in contents]

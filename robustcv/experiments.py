@@ -42,7 +42,7 @@ def plan(sections:list, # names of sections
     records = [r for r in load_records(results) if r["scale"] == scale.name]
     done, there, jobs, seeds = {r["id"] for r in records}, set(), [], scale.seeds if seeds is None else list(dict.fromkeys(int(s) for s in seeds))
     for run, seed in ((r, s) for r in _chosen(sections, names) for s in seeds if boxes or not r.boxes):
-        config, id = identity(run, scale, seed, about)
+        config, id = identity(run, seed, scale, about)
         lacks = lacking(run, seed, scale, about, folder) - there
         status = "on record" if id in done else "to train" if lacks else "to measure"
         if status != "on record": there |= lacks
@@ -109,7 +109,7 @@ def _undone(some, left, at, results):
 # %% ../nbs/20_experiments.ipynb #4b284f5a
 def _measured(some, at):
     "The metrics of jobs by label: of one run, or of ensembles of one seed."
-    (label, first), *more = some.items()
+    label, first = next(iter(some.items()))
     if not measured_together(first.run): return {label: train_run(first.run, first.seed, at)}
     metrics = measure_members([j.run for j in some.values()], first.seed, at)
     return {label: metrics[j.run.name] for label, j in some.items()}
@@ -118,6 +118,19 @@ def _keep(job, at, seconds, metrics, results):
     "Append a job's record."
     record = make_record(job.run.section, job.run.name, at.scale.name, job.config, job.seed, at.about, at.device, seconds, metrics)
     append_record(record_file(results, job.run.section, at.scale.name), record)
+
+# %% ../nbs/20_experiments.ipynb #3a4465bf
+def _carry_out(jobs, at, results):
+    "Train, measure and record what no other process is at, until nothing is left."
+    spent = []
+    left = {f"[{i}/{len(jobs)}] {j.run.section} / {j.run.name}, seed {j.seed}, scale {at.scale.name}": j for i, j in enumerate(jobs, 1)}
+    with closing(_alone(left, at, results)) as free: # whatever happens, a lock is given back
+        for some in free:
+            start = time.perf_counter(); metrics = _measured(some, at); seconds = (time.perf_counter() - start)/len(some)
+            for label, job in some.items():
+                spent.append(seconds)
+                if main_process(): _keep(job, at, seconds, metrics[label], results)
+                at.say(f"{label}: validation {metrics[label]['valid_accuracy']:.1f} %, {seconds:.0f} s{_left(left.values(), spent)}")
 
 # %% ../nbs/20_experiments.ipynb #15259cf3
 def run_sections(sections:list, # names of sections
@@ -135,19 +148,12 @@ def run_sections(sections:list, # names of sections
     scale, device = SCALES[choose("scale", scale, SCALES)], join_processes(device)
     git_commit() # of what runs from now on
     if not main_process(): say = lambda line: None
-    at, spent = Setting(scale, *scale_data(scale, data, **kwargs), device, Path(folder), say, kwargs), []
+    at = Setting(scale, *scale_data(scale, data, **kwargs), device, Path(folder), say, kwargs)
     jobs = plan(sections, scale, at.about, seeds, results, folder, names, at.train.boxes is not None)
     wait_for_all() # before the first of them writes a record
     if names and not jobs: raise ValueError(f"no run is left: {', '.join(names)} learn boxes, and {at.train.name} has none")
     if at.train.boxes is None: say(f"{at.train.name} has no boxes: runs that learn them are left out")
-    left = {f"[{i}/{len(jobs)}] {j.run.section} / {j.run.name}, seed {j.seed}, scale {scale.name}": j for i, j in enumerate(jobs, 1)}
-    with closing(_alone(left, at, results)) as free: # whatever happens, a lock is given back
-        for some in free:
-            start = time.perf_counter(); metrics = _measured(some, at); seconds = (time.perf_counter() - start)/len(some)
-            for label, job in some.items():
-                spent.append(seconds)
-                if main_process(): _keep(job, at, seconds, metrics[label], results)
-                say(f"{label}: validation {metrics[label]['valid_accuracy']:.1f} %, {seconds:.0f} s{_left(left.values(), spent)}")
+    _carry_out(jobs, at, results)
     wait_for_all()
     found = {r["id"]: r for r in load_records(results)}
     return [found[j.id] for j in jobs if j.id in found]

@@ -86,7 +86,7 @@ class Setting:
     def about(self) -> dict: return describe_data(self.train, self.valid)
 
 # %% ../nbs/19a_single_run.ipynb #6715a3d7
-def identity(run:Run, scale:Scale, seed:int, about:dict, # what `describe_data` says of the images
+def identity(run:Run, seed:int, scale:Scale, about:dict, # what `describe_data` says of the images
             ) -> tuple: # dictionary and string
     "A run's configuration, which says how the networks that it builds on are made and which boxes it learns, and the id of its record."
     built_on = dict(networks=_digests([*([run.start] if run.start else []), *run.members], scale, about), attackers=_digests(run.sources, scale, about),
@@ -97,13 +97,13 @@ def identity(run:Run, scale:Scale, seed:int, about:dict, # what `describe_data` 
 def _digests(runs, scale, about):
     "What tells how the networks of runs, given by section and name, are made, whatever the seed; boxes count where they are learnt, the images do not."
     about = {**about, "fingerprint": ""}
-    return {f"{s} / {n}": identity(replace(_training(find_run(s, n)), watch=None), scale, 0, about)[1] for s, n in runs}
+    return {f"{s} / {n}": identity(replace(_training(find_run(s, n)), watch=None), 0, scale, about)[1] for s, n in runs}
 
 def _training(run): return replace(run, section="", name="", sources=()) # what its network and its learning curve depend on
 
-def _home(run, scale, seed, about, folder):
+def _home(run, seed, scale, about, folder):
     "The folder of a run's network and checkpoints: the same for all runs with the same training, in whichever section."
-    _, id = identity(_training(run), scale, seed, about)
+    _, id = identity(_training(run), seed, scale, about)
     return Path(folder)/scale.name/f"{run.model}-{seed}-{id[:8]}"
 
 def _is_trained(home): return (home/"history.json").is_file() # which is written last
@@ -113,7 +113,7 @@ def _lock(home): return home.parent/".locks"/home.name # of whoever trains it
 def network(run:Run, seed:int, at:Setting) -> tuple: # `Classifier` in evaluation mode, and its learning curve as a data frame
     "The network of a run and how it learnt: found, or trained now; an ensemble learns nothing itself."
     if run.members: return Ensemble({" / ".join(m): _network_of(*m, seed, at) for m in run.members}), pd.DataFrame()
-    where = _home(run, at.scale, seed, at.about, at.folder)
+    where = _home(run, seed, at.scale, at.about, at.folder)
     if agreed(not _is_trained(where)): # some processes may be here before others
         with alone_with(_lock(where)):
             if agreed(not _is_trained(where)): _train_and_keep(run, seed, at, where)
@@ -144,7 +144,7 @@ def _train(run, seed, at, where):
 def _network_of(section, name, seed, at):
     "The network of another run."
     run = find_run(section, name)
-    if not _is_trained(_home(run, at.scale, seed, at.about, at.folder)): at.say(f"{section} / {name}, seed {seed}: its network is needed, and trained first")
+    if not _is_trained(_home(run, seed, at.scale, at.about, at.folder)): at.say(f"{section} / {name}, seed {seed}: its network is needed, and trained first")
     return network(run, seed, at)[0]
 
 # %% ../nbs/19a_single_run.ipynb #1f6c08f9
@@ -152,7 +152,7 @@ def lacking(run:Run, seed:int, scale:Scale, about:dict, # what `describe_data` s
             folder, # of the networks
            ) -> set: # folders
     "The folders of networks that a run needs, its own included, and that are not there."
-    own = set() if run.members else {_home(run, scale, seed, about, folder)}
+    own = set() if run.members else {_home(run, seed, scale, about, folder)}
     if own and _is_trained(*own): own, run = set(), replace(run, start=None)
     others = ([(m, seed) for m in (*run.members, *([run.start] if run.start else []))]
               + [(m, scale.seeds[0]) for m in run.sources if run.section in ATTACKED or run.members])
@@ -173,7 +173,7 @@ def trained_model(section:str, name:str, # of the run
                  ): # `Classifier` in evaluation mode
     "The network that a run, or another with the same training, left behind; a `FileNotFoundError` says which run would."
     run, seed = find_run(section, name), scale.seeds[0] if seed is None else seed
-    where = _home(run, scale, seed, about, folder)
+    where = _home(run, seed, scale, about, folder)
     if not _is_trained(where): raise FileNotFoundError(f"{where}: the network of {section} / {name}, seed {seed}, is not there; `robustcv run {section} "
                                                        f"--only '{name}' --scale {scale.name} --results elsewhere` trains it, with the same data")
     return load_model(where/"model.safetensors")
@@ -194,7 +194,7 @@ def train_run(run:Run, seed:int, at:Setting) -> dict: # metrics of the record
     "Train and measure one run."
     model, history = network(run, seed, at) # first, while another process may still be at the networks that attack it
     attacks = _attacks(run, at) if run.section in ATTACKED else []
-    table = _evaluate(model, standard_perturbations() + _extra(run.section, at.scale) + attacks, seed, at, _home(run, at.scale, seed, at.about, at.folder))
+    table = _evaluate(model, standard_perturbations() + _extra(run.section, at.scale) + attacks, seed, at, _home(run, seed, at.scale, at.about, at.folder))
     table, more = MEASURED[run.section](run, model, table, seed, at) if run.section in MEASURED else (table, {})
     if run.members: learnt = _averaged(evaluate(model, spread_over(at.train, len(at.valid)), standard_perturbations()[:1], seed=seed, device=at.device), table)
     else: learnt = _learnt(run, model, history, at.scale)

@@ -139,6 +139,10 @@ def _check_size(size) -> tuple[int, int]: # height and width
     if len(both) == 2 and all(isinstance(s, int) and s >= 1 for s in both): return both
     raise ValueError(f"size={size}: expected a positive height and width in whole pixels")
 
+def _check_padding(padding):
+    if not isinstance(padding, int) or padding < 0: raise ValueError(f"padding={padding}: must be a whole number of pixels, not negative")
+    return padding
+
 def _room(x, size, padding):
     "By how many pixels down and right a window can be moved."
     room = [n + 2*padding - s for n, s in zip(x.shape[2:], size, strict=True)]
@@ -155,9 +159,8 @@ class RandomCrop(Transform):
                 ):
         super().__init__()
         self.size = _check_size(size)
-        if not isinstance(padding, int) or padding < 0: raise ValueError(f"padding={padding}: must be a whole number of pixels, not negative")
         if padding_mode not in ("constant", "reflect"): raise ValueError(f"padding_mode='{padding_mode}': use 'constant' or 'reflect'")
-        self.padding, self.padding_mode = padding, padding_mode
+        self.padding, self.padding_mode = _check_padding(padding), padding_mode
 
     def draw(self, x, generator=None):
         if self.padding_mode == "reflect" and self.padding >= min(x.shape[2:]):
@@ -283,8 +286,7 @@ class Pad(Transform):
                  padding:int, # pixels
                 ):
         super().__init__()
-        if not isinstance(padding, int) or padding < 0: raise ValueError(f"padding={padding}: must be a whole number of pixels, not negative")
-        self.padding = padding
+        self.padding = _check_padding(padding)
 
     def transform(self, x): return F.pad(x, (self.padding,)*4)
 

@@ -8,7 +8,7 @@ from scipy.stats import norm, t as student
 
 from records import N, hits, made
 from robustcv.claims import TRADE_OFF
-from robustcv.comparisons import CLEAN, accuracy_under, common_conditions, paired, seed_spread, shares_right, spread, widened
+from robustcv.comparisons import CLEAN, accuracy_under, common_conditions, gain, paired, seed_spread, shares_right, spread, widened
 from robustcv.evaluation import compare, right
 
 
@@ -59,6 +59,11 @@ def test_differences_are_taken_under_the_perturbations_named():
     assert paired(a, b, ("noise", .1), ("noise", .1))[0] == change(hits(.6, 6), hits(.3, 3))
     assert paired(a, a, CLEAN, ("noise", .2))[0] == change(hits(.1, 4), hits(.8, 1))
     assert paired(a, b, ("flip", None), CLEAN)[0] == change(hits(.5, 2), hits(.2, 5))
+
+def test_a_gain_in_words_allows_for_the_seeds():
+    a, b = ([made(n, hits(p, k, 400), k) for k in range(4)] for n, p in (("a", .4), ("b", .6)))
+    value, low, high = paired(a, b, seeds=seed_spread(a + b))
+    assert gain(a, b, CLEAN, a + b) == f"{value:+.1f} ({low:+.1f} to {high:+.1f})" and 10 < value < 30
 
 @pytest.mark.parametrize("perturbation", [("fog", None), ("noise", .3), ("noise", None), ("clean", .1)])
 def test_what_was_not_measured_is_named(perturbation):

@@ -398,7 +398,7 @@ def test_what_another_process_is_at_is_left_to_it_and_done_if_it_dies(go, tmp_pa
 
 def test_a_run_whose_network_another_process_trains_comes_last(go, tmp_path):
     first, _ = go(*TWO, results=tmp_path/"other", folder=tmp_path/"other runs")
-    home, said = single_run._home(TWO[0], SCALES["smoke"], 0, first["data"], tmp_path/"runs"), []
+    home, said = single_run._home(TWO[0], 0, SCALES["smoke"], first["data"], tmp_path/"runs"), []
     single_run._lock(home).parent.mkdir(parents=True)
     lock = FileLock(f"{single_run._lock(home)}.lock"); lock.acquire()
     def say(line):

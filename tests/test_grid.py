@@ -208,7 +208,7 @@ def test_another_network_to_build_on_makes_another_run(monkeypatch):
     def of(base, **more):
         run = replace(net("on"), **{"start": (), **more})
         monkeypatch.setitem(SECTIONS, "one", lambda: [base, run])
-        return identity(run, scale, 0, about)[1], single_run._home(run, scale, 0, about, ".")
+        return identity(run, 0, scale, about)[1], single_run._home(run, 0, scale, about, ".")
     plain, longer, watched = net("base"), net("base", length=2.), replace(net("base"), watch=dict)
     m = (("one", "base"),)
     for more in ({"start": m[0], "first": "head"}, {"members": m}):
@@ -219,22 +219,22 @@ def test_another_network_to_build_on_makes_another_run(monkeypatch):
     assert of(plain) == of(longer)
 
 def test_other_boxes_make_another_run_where_they_are_learnt():
-    of = lambda run, boxes: (identity(run, SCALES["smoke"], 0, {"fingerprint": "f", "boxes": boxes})[1],
-                             single_run._home(run, SCALES["smoke"], 0, {"fingerprint": "f", "boxes": boxes}, "."))
+    of = lambda run, boxes: (identity(run, 0, SCALES["smoke"], {"fingerprint": "f", "boxes": boxes})[1],
+                             single_run._home(run, 0, SCALES["smoke"], {"fingerprint": "f", "boxes": boxes}, "."))
     assert of(net("a"), "x") == of(net("a"), "y")
     assert all(a != b for a, b in zip(of(net("a", boxes=True), "x"), of(net("a", boxes=True), "y"), strict=True))
 
 def test_boxes_that_a_network_below_has_learnt_count_too(monkeypatch):
     below, above = net("below", boxes=True), [net("on", start=("one", "below"), first="head"), net("all", members=(("one", "below"),))]
     monkeypatch.setitem(SECTIONS, "one", lambda: [below, *above])
-    for run in above: assert len({identity(run, SCALES["smoke"], 0, {"fingerprint": "f", "boxes": b})[1] for b in "xyx"}) == 2
+    for run in above: assert len({identity(run, 0, SCALES["smoke"], {"fingerprint": "f", "boxes": b})[1] for b in "xyx"}) == 2
 
 def test_the_attackers_of_an_attacker_are_not_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(single_run, "ATTACKED", ("one",))
     first, second = net("first"), net("second", length=2., sources=(("one", "first"),))
     third = net("third", length=3., sources=(("one", "second"),))
     monkeypatch.setitem(SECTIONS, "one", lambda: [first, second, third])
-    home = lambda run: single_run._home(run, SCALES["smoke"], 0, {"fingerprint": "f"}, tmp_path)
+    home = lambda run: single_run._home(run, 0, SCALES["smoke"], {"fingerprint": "f"}, tmp_path)
     needed = lambda run: single_run.lacking(run, 0, SCALES["smoke"], {"fingerprint": "f"}, tmp_path)
     assert needed(third) == {home(third), home(second)} and needed(second) == {home(second), home(first)} and needed(first) == {home(first)}
 

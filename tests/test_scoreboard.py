@@ -128,8 +128,8 @@ def test_a_family_is_made_of_what_all_were_measured_under():
 def test_rows_are_told_apart_as_the_folders_of_networks_are():
     scale, about, runs = SCALES["lite"], dict(fingerprint="f"), [r for runs in SECTIONS.values() for r in runs()]
     def split(key): return {frozenset(i for i, r in enumerate(runs) if key(r) == k) for k in map(key, runs)}
-    record = lambda r: dict(scale="lite", data=about, config=identity(r, scale, 0, about)[0])
-    assert split(lambda r: network_id(record(r))) == split(lambda r: _home(replace(r, watch=None), scale, 0, about, "."))
+    record = lambda r: dict(scale="lite", data=about, config=identity(r, 0, scale, about)[0])
+    assert split(lambda r: network_id(record(r))) == split(lambda r: _home(replace(r, watch=None), 0, scale, about, "."))
 
 def test_runs_are_chosen_by_section_and_name():
     records = [made("plain"), made("E", "random_erase"), made("FE", "random_erase")]
