@@ -127,7 +127,8 @@ def plot_attacks(records:list, # of a section that measures attacks
             start = t.iloc[:1].assign(strength=0.) if len(own) > 1 else t.iloc[:0]
             own = pd.concat([start, own])
             ax.errorbar(own.strength + aside.get(kind, 0), own.accuracy, [own.accuracy - own.low, own.high - own.accuracy],
-                        color=colors[kind], marker="o", markersize=4, lw=1.4, label=kind)
+                        color=colors[kind], marker="o", markersize=4, lw=1.4,
+                        label=f"{kind}, ε = {own.strength.iloc[-1]:g}" if kind in aside else kind)
         ax.set(title=name, xlabel="ε (normalised units)", ylim=(-3, 100))
         above = ax.secondary_xaxis("top", functions=(lambda e: e*unit, lambda n: n/unit)); above.tick_params(labelsize=7)
         above.set_xlabel("ε in 255ths of the pixel range", fontsize=7)

@@ -179,8 +179,8 @@ def test_attacks_are_drawn_from_clean_accuracy_to_the_greatest_radius():
     fig = plot_attacks(attacked())
     for ax, name in zip(fig.axes, ("DenseNet-121", "ResNet-18"), strict=True):
         lines = {c.get_label(): c.lines[0].get_xydata() for c in ax.containers}
-        assert ax.get_title() == name and list(lines) == ["random signs", "FGSM from a", "FGSM", "PGD-20"]
-        assert lines["FGSM"].tolist() == [[0, 90], [.05, 60], [.2, 50], [.4, 30]] and lines["PGD-20"].tolist() == [[.2, 40]]
+        assert ax.get_title() == name and list(lines) == ["random signs", "FGSM from a", "FGSM", "PGD-20, ε = 0.2"]
+        assert lines["FGSM"].tolist() == [[0, 90], [.05, 60], [.2, 50], [.4, 30]] and lines["PGD-20, ε = 0.2"].tolist() == [[.2, 40]]
     assert len(plot_attacks(attacked(), ["ResNet-18"]).axes) == 1
 
 def test_pictures_do_not_depend_on_the_order_in_which_records_were_written(tmp_path):
@@ -192,7 +192,8 @@ def test_attacks_of_one_radius_stand_side_by_side():
     records = attacked()
     for r in records: r["metrics"]["evaluation"].append({**r["metrics"]["evaluation"][-1], "perturbation": "strong attacks"})
     lines = {c.get_label(): c.lines[0].get_xydata().tolist() for c in plot_attacks(records).axes[0].containers}
-    assert lines["PGD-20"] == [pytest.approx((.192, 40))] and lines["strong attacks"] == [pytest.approx((.208, 40))] and lines["FGSM"][1] == [.05, 60]
+    assert [lines[f"{kind}, ε = 0.2"] for kind in ("PGD-20", "strong attacks")] == [[pytest.approx((e, 40))] for e in (.192, .208)]
+    assert lines["FGSM"][1] == [.05, 60]
 
 def test_what_was_watched_is_drawn_over_the_training():
     ax = plot_watched(attacked())
