@@ -85,7 +85,7 @@ def pgd_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
             ) -> Tensor: # scalar
     "Cross-entropy on PGD examples ([Madry et al. 2017](https://arxiv.org/abs/1706.06083))."
     radius = _radius(eps, batch.images)
-    adv = _ascend(model, batch.images, radius, steps, step_size, lambda out: cross_entropies(out, batch.labels))
+    adv = _ascend(model, batch, radius, steps, step_size, cross_entropies)
     return _mean_loss(model, adv, batch.labels)
 
 # %% ../nbs/13_adversarial_training.ipynb #25ee8669
@@ -105,22 +105,21 @@ def trades_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
                ) -> Tensor: # scalar
     "Cross-entropy plus the divergence between clean and worst-case predictions ([Zhang et al. 2019](https://arxiv.org/abs/1901.08573))."
     with attacking(model, fp32=False), torch.no_grad(): target = model(batch.images).float().log_softmax(1)
-    diverge = lambda out: F.kl_div(out.log_softmax(1), target, reduction="none", log_target=True).sum(1)
-    adv = _ascend(model, batch.images, _radius(eps, batch.images), steps, None, diverge)
+    diverge = lambda out, y: F.kl_div(out.log_softmax(1), target, reduction="none", log_target=True).sum(1)
+    adv = _ascend(model, batch, _radius(eps, batch.images), steps, None, diverge)
     out, moved = model(torch.cat([batch.images, adv])).float().chunk(2)
     kl = F.kl_div(moved.log_softmax(1), out.log_softmax(1), reduction="batchmean", log_target=True)
     return F.cross_entropy(out, batch.labels, label_smoothing=0.1) + beta*kl
 
 # %% ../nbs/13_adversarial_training.ipynb #e3b34365
-def _ascend(model, x, radius, steps, size, loss):
+def _ascend(model, batch, radius, steps, size, loss):
     "Signed-gradient steps from a random start, in the precision of training."
     if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps={steps}: at least 1, a whole number")
-    size = 2.5/steps if size is None else size
+    x, step = batch.images, radius*(2.5/steps if size is None else size)
+    low, high = (x - radius).clamp_(0, 1), (x + radius).clamp_(0, 1)
     adv = (x + radius*(torch.rand_like(x)*2 - 1)).clamp_(0, 1)
     with attacking(model, fp32=False):
-        for _ in range(steps):
-            g = gradient(model, adv, torch.zeros(len(x), dtype=torch.long, device=x.device), lambda out, y: loss(out))[0]
-            adv = torch.maximum(torch.minimum(adv + size*radius*g.sign(), x + radius), x - radius).clamp_(0, 1)
+        for _ in range(steps): adv = torch.clamp(adv + step*gradient(model, adv, batch.labels, loss)[0].sign(), low, high)
     return adv.detach()
 
 # %% ../nbs/13_adversarial_training.ipynb #bcbb1eeb

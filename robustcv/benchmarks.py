@@ -38,7 +38,7 @@ from .stability import divergence, stability_loss
 from .symmetry import RandomSymmetry
 from .synthetic import make_synthetic
 from .features import _cache
-from .training import Training, autocast, cross_entropy, fit
+from .training import Training, at_a_time, autocast, cross_entropy, fit
 from .affine import RandomAffine, RandomRotation
 from .transforms import Compose, RandomCrop, RandomGaussianBlur, RandomGrayscale, RandomHorizontalFlip, RandomVerticalFlip
 
@@ -334,9 +334,10 @@ def classifier_only(data, rounds=5, images=2048, batch=64):
     yield line("classifier_only", interleave({"ours": lambda: cached.epoch(0), "all layers": full}, rounds), images, device)
 
 # %% ../nbs/30_benchmarks.ipynb #7f02b502
-def evaluation(data, rounds=3, images=512, batch=256):
-    "The standard perturbations of ResNet-18's images at 64×64; floor: inference on ready batches."
+def evaluation(data, rounds=3, images=None, batch=None):
+    "The standard perturbations of ResNet-18's images at 64×64, as many at a time as `evaluate` takes; floor: inference on ready batches."
     device, model = pick_device(), build_model("resnet18", 200)
+    batch = batch or at_a_time(device); images = images or _steps(2)*batch
     measured, perturbations = random_images(images), standard_perturbations()[1:] # without the clean images
     model = model.to(device, memory_format=torch.channels_last).eval()
     ready = [(part/255).to(device, memory_format=torch.channels_last) for part in measured.images.split(batch)]

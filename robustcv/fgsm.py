@@ -30,13 +30,12 @@ def attacking(model:nn.Module, # attacked inside of the `with`
               fp32:bool=True, # compute in float32; False: as the surrounding code does
              ):
     "Evaluation mode and no parameter gradients; everything is as before afterwards."
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    device = next((p.device.type for p, _ in wanted), "cpu")
+    device, wanted = next((p.device.type for p in model.parameters()), "cpu"), [p for p in model.parameters() if p.requires_grad]
     try:
-        for p, _ in wanted: p.requires_grad_(False)
+        for p in wanted: p.requires_grad_(False)
         with evaluating(model), torch.inference_mode(False), torch.enable_grad(), (torch.autocast(device, enabled=False) if fp32 else nullcontext()): yield
     finally:
-        for p, was in wanted: p.requires_grad_(was)
+        for p in wanted: p.requires_grad_(True)
 
 # %% ../nbs/12_fgsm.ipynb #c6b47abb
 def check_radius(eps) -> Tensor:
@@ -56,10 +55,10 @@ def check_attack(x:Tensor, y:Tensor, eps, norm:str="linf") -> Tensor: # the radi
     if not (low >= 0 and high <= 1):
         raise ValueError(f"images: pixels from {low:.3g} to {high:.3g}; an attack expects [0,1], with the normalisation inside the model")
     if least < 0: raise ValueError("labels: one is negative; a label is the number of a class, from 0")
-    radius = check_radius(eps).to(x.dtype)
-    if not (radius >= 0).all() or not radius.isfinite().all(): raise ValueError(f"eps={eps}: a radius is finite and not negative")
-    if (radius > (1 if norm == "linf" else math.sqrt(x[0].numel()))).any():
-        raise ValueError(f"eps={eps}: pixels are in [0,1]; a radius in units of 0 to 255 must be divided by 255")
+    radius, most = check_radius(eps), 1 if norm == "linf" else math.sqrt(x[0].numel())
+    for r in radius.flatten().tolist():
+        if not 0 <= r < math.inf: raise ValueError(f"eps={eps}: a radius is finite and not negative")
+        if r > most: raise ValueError(f"eps={eps}: pixels are in [0,1]; a radius in units of 0 to 255 must be divided by 255")
     return per_channel(radius, x)
 
 # %% ../nbs/12_fgsm.ipynb #cb53966c
@@ -81,23 +80,31 @@ def gradient(model:nn.Module, # inside of `attacking`
              x:Tensor, # images (B,3,H,W)
              y:Tensor, # labels (B,)
              loss=cross_entropies, # loss(logits, labels) -> (B,)
-            ) -> tuple[Tensor, Tensor, Tensor]: # gradient (B,3,H,W), loss (B,), logits (B,K); no graph
+            ) -> tuple[Tensor, Tensor]: # gradient (B,3,H,W) and logits (B,K); no graph
     "The direction of the loss's gradient with respect to each image: its length is that for logits' slopes of at most 1."
     x, y = (v.clone() if v.is_inference() else v.detach() for v in (x, y))
     x.requires_grad_(True)
     out = check_labels(model(x), y)
     if not out.requires_grad:
         raise ValueError("model: its output does not depend on the images through differentiable operations, so it has no gradient to follow")
-    wide = out.detach().double().requires_grad_(True) # in float32 the gradient of a confident prediction is exactly zero
-    each = loss(wide, y)
-    slope, = torch.autograd.grad(each.sum(), wide)
-    slope = slope/slope.abs().amax(1, keepdim=True).clamp_min(1e-300) # large enough to pass through the network
-    grad, = torch.autograd.grad(out, x, slope.to(out.dtype))
-    if not _recording(grad) and not grad.isfinite().all() and out.isfinite().all(): # of outputs that are not finite, others have more to say
-        lost = int((~grad.isfinite()).flatten(1).any(1).sum())
-        raise ValueError(f"model: its gradient is not finite for {lost} of {len(x)} images, where an attack has no direction to follow; "
+    grad, = torch.autograd.grad(out, x, _slope(out.detach(), y, loss))
+    if not _recording(grad) and not math.isfinite(float(grad.sum())): _check_gradient(grad, out)
+    return grad, out.detach()
+
+def _slope(out, y, loss):
+    "How the loss rises with each logit, in units of the steepest: in those of the loss itself, a confident prediction has a slope of exactly zero."
+    if loss is cross_entropies: # in closed form: -1 for the label, and for the others their shares
+        wide = out.to(torch.promote_types(out.dtype, torch.float32))
+        return wide.scatter(1, y[:, None], -math.inf).softmax(1).scatter_(1, y[:, None], -1.).to(out.dtype)
+    wide = out.double().requires_grad_(True)
+    slope, = torch.autograd.grad(loss(wide, y).sum(), wide)
+    return (slope/slope.abs().amax(1, keepdim=True).clamp_min(1e-300)).to(out.dtype)
+
+def _check_gradient(grad, out):
+    lost = int((~grad.isfinite()).flatten(1).any(1).sum())
+    if lost and out.isfinite().all(): # of outputs that are not finite, others have more to say
+        raise ValueError(f"model: its gradient is not finite for {lost} of {len(grad)} images, where an attack has no direction to follow; "
                          "look for roots, logarithms or norms at 0")
-    return grad, each.detach().float(), out.detach()
 
 # %% ../nbs/12_fgsm.ipynb #c63de4c3
 def fgsm(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
@@ -114,18 +121,21 @@ def fgsm(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
 # %% ../nbs/12_fgsm.ipynb #808a5b2b
 def _unit(g): return g/g.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
-def _into_ball(x, adv, eps, norm):
-    "The nearest point to `adv` within `eps` of `x` and within [0,1] (for L2: first the ball, then the range)."
-    if norm == "linf": return torch.maximum(torch.minimum(adv, x + eps), x - eps).clamp_(0, 1)
-    d = adv - x
-    return (x + d*(eps/d.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)).clamp(max=1)).clamp_(0, 1)
+def _ball(x, eps, norm="linf"):
+    "A function that takes images to the nearest ones within `eps` of `x` and within [0,1] (for L2: first the ball, then the range)."
+    low, high = (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1)
+    def into(adv):
+        if norm == "linf": return torch.clamp(adv, low, high)
+        d = adv - x
+        return (x + d*(eps/d.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)).clamp(max=1)).clamp_(0, 1)
+    return into
 
-def _random_start(x, eps, norm, generator):
+def _random_offset(x, eps, norm, generator):
     "Uniform in the box, or in the ball."
     like = dict(generator=generator, device=generator.device if generator else x.device)
-    if norm == "linf": return _into_ball(x, x + (torch.rand(x.shape, **like).to(x)*2 - 1)*eps, eps, norm)
+    if norm == "linf": return (torch.rand(x.shape, **like).to(x)*2 - 1)*eps
     radius = torch.rand(len(x), **like).to(x).view(-1, 1, 1, 1)**(1/x[0].numel())
-    return _into_ball(x, x + eps*radius*_unit(torch.randn(x.shape, **like).to(x)), eps, norm)
+    return eps*radius*_unit(torch.randn(x.shape, **like).to(x))
 
 # %% ../nbs/12_fgsm.ipynb #bcb95cb4
 def pgd(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
@@ -141,13 +151,14 @@ def pgd(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
        ) -> Tensor: # adversarial copy of `x`, in [0,1]
     "Projected gradient ascent ([Madry et al. 2017](https://arxiv.org/abs/1706.06083))."
     eps = _check_pgd(check_attack(x, y, eps, norm), steps, norm, restarts, random_start, step_size)
-    size, sign, best, most = 2.5*eps/steps if step_size is None else step_size, -1 if targeted else 1, None, None
+    sign, into, best, most = -1 if targeted else 1, _ball(x, eps, norm), None, None
+    step = sign*(2.5*eps/steps if step_size is None else step_size)
     with attacking(model):
         for _ in range(restarts):
-            adv = _random_start(x, eps, norm, generator) if random_start else x.clone()
+            adv = into(x + _random_offset(x, eps, norm, generator)) if random_start else x.clone()
             for _ in range(steps):
                 g = gradient(model, adv, y)[0]
-                adv = _into_ball(x, adv + sign*size*(g.sign() if norm == "linf" else _unit(g)), eps, norm)
+                adv = into(adv + step*(g.sign() if norm == "linf" else _unit(g)))
             if restarts == 1: return adv.detach()
             with torch.no_grad(): loss = sign*cross_entropies(model(adv).float(), y)
             best, most = (adv, loss) if best is None else (torch.where((loss > most).view(-1, 1, 1, 1), adv, best), torch.maximum(loss, most))
@@ -204,18 +215,24 @@ def apgd(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
 class _Climb:
     "The state of APGD."
     def __init__(self, model, x, y, eps, loss, adv):
-        self.model, self.x, self.y, self.eps, self.loss = model, x, y, eps, loss
+        self.model, self.into, self.y, self.eps, self.loss = model, _ball(x, eps), y, eps, loss
         self.adv, self.old, self.size = adv, adv, torch.full((len(x), 1, 1, 1), 2., dtype=x.dtype, device=x.device) # size in radii
-        self.grad, self.value, out = gradient(model, adv, y, loss)
+        out = self._look()
         self.best, self.best_value, self.best_grad = adv, self.value, self.grad
         self.found, self.result = out.argmax(1) != y, adv
 
+    def _look(self):
+        "The gradient and the loss where it stands; returns the logits."
+        self.grad, out = gradient(self.model, self.adv, self.y, self.loss)
+        self.value = self.loss(out.double(), self.y).float()
+        return out
+
     def step(self, momentum):
         "One step, and what it was good for."
-        z = _into_ball(self.x, self.adv + self.size*self.eps*self.grad.sign(), self.eps, "linf")
-        new = _into_ball(self.x, self.adv + momentum*(z - self.adv) + (1 - momentum)*(self.adv - self.old), self.eps, "linf")
+        z = self.into(self.adv + self.size*self.eps*self.grad.sign())
+        new = self.into(self.adv + momentum*(z - self.adv) + (1 - momentum)*(self.adv - self.old))
         self.adv, self.old, before = new, self.adv, self.value
-        self.grad, self.value, out = gradient(self.model, new, self.y, self.loss)
+        out = self._look()
         wrong, better, each = out.argmax(1) != self.y, self.value > self.best_value, lambda c: c.view(-1, 1, 1, 1)
         self.best, self.best_grad = torch.where(each(better), new, self.best), torch.where(each(better), self.grad, self.best_grad)
         self.best_value = torch.maximum(self.value, self.best_value)

@@ -79,10 +79,11 @@ def evaluating(*models:nn.Module): # context manager
     "Evaluation mode inside of the `with`; afterwards every module has the mode that it had, whatever happened."
     modes = [(m, m.training) for model in models for m in model.modules()]
     try:
-        for model in models: model.eval()
+        for model in models if any(was for _, was in modes) else (): model.eval() # which takes as long as some steps of a network
         yield
     finally:
-        for m, was in modes: m.training = was
+        for m, was in modes:
+            if m.training != was: m.training = was
 
 def check_logits(out) -> Tensor: # `out`
     "Refuse what a model returns if it is no tensor, or holds what cannot be compared."

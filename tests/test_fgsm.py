@@ -13,9 +13,12 @@ from robustcv.data import ImageSet
 from robustcv.ensemble import Ensemble
 from robustcv.single_run import scale_data
 from robustcv.fgsm import (
+    _ball,
+    _slope,
     Transferred,
     apgd,
     attacking,
+    cross_entropies,
     dlr_towards,
     fgsm,
     fold_batchnorm,
@@ -240,11 +243,32 @@ def test_a_model_without_a_gradient_is_refused(x):
 
 def test_gradient_is_autograds(net, images):
     y = torch.arange(8) % 5
-    with attacking(net): g, loss, out = gradient(net, images, y)
+    with attacking(net): g, out = gradient(net, images, y)
     z = images.clone().requires_grad_(True); each = nn.functional.cross_entropy(net(z), y, reduction="none")
     unit = lambda v: v/v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     torch.testing.assert_close(unit(g), unit(torch.autograd.grad(each.sum(), z)[0]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(loss, each.detach()); torch.testing.assert_close(out, net(images).detach())
+    torch.testing.assert_close(out, net(images).detach()); torch.testing.assert_close(cross_entropies(out, y), each.detach())
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_closed_form_of_a_slope_is_autograds(dtype):
+    out, y = (8*torch.randn(64, 7, generator=generator(0))).to(dtype), torch.arange(64) % 7
+    ours, theirs = (_slope(out, y, loss) for loss in (cross_entropies, lambda out, y: cross_entropies(out, y)))
+    assert ours.dtype == dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs)
+
+@given(st.integers(0, 2**32), st.sampled_from([.05, .4, (.1, .2, .6)]))
+def test_the_nearest_point_of_the_box_is_that_of_two_bounds(seed, eps):
+    x, adv = torch.rand(2, 3, 4, 4, generator=generator(seed)), 2*torch.randn(2, 3, 4, 4, generator=generator(seed, "adv"))
+    eps = torch.tensor(eps).view(-1, 1, 1)
+    assert _ball(x, eps)(adv).equal(adv.minimum(x + eps).maximum(x - eps).clamp(0, 1))
+
+def test_modes_within_an_attack_do_not_stay(net):
+    net.eval()
+    with attacking(net): net.train()
+    assert not any(m.training for m in net.modules())
+    net.train(); next(net.net.children()).eval(); before = [m.training for m in net.modules()]
+    with attacking(net): assert not any(m.training for m in net.modules())
+    assert [m.training for m in net.modules()] == before
 
 def test_fgsm_and_pgd_are_a_peers(net, images):
     torchattacks = pytest.importorskip("torchattacks")
