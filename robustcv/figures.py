@@ -261,7 +261,8 @@ def plot_degraded(records:list, # of the section `multi_task`
         axes[0].errorbar(row.accuracy, y, xerr=[[row.accuracy - row.low], [row.high - row.accuracy]], marker="o", markersize=5, color=color, lw=1.2)
         axes[1].plot(gap, y, marker="o", markersize=5, color=color)
         if name == "baseline": axes[0].axvline(row.accuracy, color=color, lw=.8, ls=":"); axes[1].axvline(gap, color=color, lw=.8, ls=":")
-    names = {"baseline": "no boxes", "multi-task": "exact boxes"}
+    drawn = one_setting(records)[0]["data"]["synthetic"]
+    names = {"baseline": "no boxes", "multi-task": "exact boxes" if drawn else "boxes as given"}
     axes[0].set_yticks(places, [names.get(n, n) for n in runs]); axes[0].invert_yaxis()
     axes[0].set(xlabel="validation accuracy (%)"); axes[1].set(xlabel="training − validation accuracy (points)")
     return axes

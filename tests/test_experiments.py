@@ -491,6 +491,8 @@ def test_accuracy_and_gap_are_drawn_by_the_quality_of_the_boxes():
     assert [t.get_text() for t in left.get_yticklabels()] == ["no boxes", "exact boxes", "boxes whole 1"] and left.yaxis_inverted()
     assert [float(p.get_xdata()[0]) for p, _, _ in points(left)] == pytest.approx([50, 60, 40])
     assert [line.get_xdata()[0] for line in right.lines if line.get_marker() == "o"] == pytest.approx([20, 20, 20])
+    for r in records: r["data"] = {**r["data"], "synthetic": False}
+    assert plot_degraded(records)[0].get_yticklabels()[1].get_text() == "boxes as given", "nobody knows the exact ones"
 
 def test_replays_take_the_place_of_epochs():
     run = Run("s", "free", training=dict(replays=4))
