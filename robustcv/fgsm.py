@@ -217,23 +217,21 @@ class _Climb:
     def __init__(self, model, x, y, eps, loss, adv):
         self.model, self.into, self.y, self.eps, self.loss = model, _ball(x, eps), y, eps, loss
         self.adv, self.old, self.size = adv, adv, torch.full((len(x), 1, 1, 1), 2., dtype=x.dtype, device=x.device) # size in radii
-        out = self._look()
+        self.found, self.result = self._look(), adv
         self.best, self.best_value, self.best_grad = adv, self.value, self.grad
-        self.found, self.result = out.argmax(1) != y, adv
 
     def _look(self):
-        "The gradient and the loss where it stands; returns the logits."
+        "The gradient and the loss where it stands; returns whether each image is misclassified there."
         self.grad, out = gradient(self.model, self.adv, self.y, self.loss)
         self.value = self.loss(out.double(), self.y).float()
-        return out
+        return out.argmax(1) != self.y
 
     def step(self, momentum):
         "One step, and what it was good for."
         z = self.into(self.adv + self.size*self.eps*self.grad.sign())
         new = self.into(self.adv + momentum*(z - self.adv) + (1 - momentum)*(self.adv - self.old))
         self.adv, self.old, before = new, self.adv, self.value
-        out = self._look()
-        wrong, better, each = out.argmax(1) != self.y, self.value > self.best_value, lambda c: c.view(-1, 1, 1, 1)
+        wrong, better, each = self._look(), self.value > self.best_value, lambda c: c.view(-1, 1, 1, 1)
         self.best, self.best_grad = torch.where(each(better), new, self.best), torch.where(each(better), self.grad, self.best_grad)
         self.best_value = torch.maximum(self.value, self.best_value)
         self.result = torch.where(each(wrong | (better & ~self.found)), new, self.result)

@@ -111,8 +111,7 @@ def plot_attacks(records:list, # of a section that measures attacks
     "A panel a network: accuracy against the radius for noise, transferred and white-box attacks, with 95 % bands."
     import matplotlib.pyplot as plt
     runs = {n: pool(rs) for n, rs in by_name(one_setting(records)).items() if names is None or n in names}
-    columns = min(4, len(runs))
-    rows = -(-len(runs)//columns)
+    columns, rows = min(4, len(runs)), -(-len(runs)//4)
     fig, axes = plt.subplots(rows, columns, figsize=(3.4*columns + 1.2, 3.2*rows), sharey=True, layout="constrained", squeeze=False)
     attacks = {n: list(dict.fromkeys(t.perturbation[t.unit.str.startswith("ε")])) for n, t in runs.items()}
     kinds, unit = list(dict.fromkeys(sum(sorted(attacks.values(), key=len, reverse=True), []))), 255*float(normalized(1.).mean())
@@ -261,8 +260,7 @@ def plot_degraded(records:list, # of the section `multi_task`
         axes[0].errorbar(row.accuracy, y, xerr=[[row.accuracy - row.low], [row.high - row.accuracy]], marker="o", markersize=5, color=color, lw=1.2)
         axes[1].plot(gap, y, marker="o", markersize=5, color=color)
         if name == "baseline": axes[0].axvline(row.accuracy, color=color, lw=.8, ls=":"); axes[1].axvline(gap, color=color, lw=.8, ls=":")
-    drawn = one_setting(records)[0]["data"]["synthetic"]
-    names = {"baseline": "no boxes", "multi-task": "exact boxes" if drawn else "boxes as given"}
+    names = {"baseline": "no boxes", "multi-task": "exact boxes" if records[0]["data"]["synthetic"] else "boxes as given"}
     axes[0].set_yticks(places, [names.get(n, n) for n in runs]); axes[0].invert_yaxis()
     axes[0].set(xlabel="validation accuracy (%)"); axes[1].set(xlabel="training − validation accuracy (points)")
     return axes
