@@ -21,7 +21,7 @@ parser.add_argument("--gpu", action="store_true")
 args = parser.parse_args()
 for path in args.notebooks:
     nb = nbformat.read(path, as_version=4)
-    client = Client(nb, timeout=None, extra_arguments=["--log-level=ERROR"], kernel_name="python3", store_widget_state=False,
+    client = Client(nb, timeout=None, coalesce_streams=True, extra_arguments=["--log-level=ERROR"], kernel_name="python3", store_widget_state=False,
                     resources={"metadata": {"path": str(path.parent)}})
     client.gpu = args.gpu
     client.execute()
