@@ -21,7 +21,7 @@ from .core import COLORS, generator, model_colors, normalized, set_style
 from .perturbations import ORBIT, labelled, standard_perturbations
 from .evaluation import plot_bars, plot_strength
 from .single_run import ATTACKED
-from .tables import basis, by_name, filters, one_setting, pool
+from .tables import basis, by_name, filters, one_setting, pool, pooled
 from .models import show_filters
 from .scoreboard import plot_scoreboard, scoreboard
 from .symmetry import ELEMENTS, selectivity
@@ -110,7 +110,7 @@ def plot_attacks(records:list, # of a section that measures attacks
                 ): # the figure
     "A panel a network: accuracy against the radius for noise, transferred and white-box attacks, with 95 % bands."
     import matplotlib.pyplot as plt
-    runs = {n: pool(rs) for n, rs in by_name(one_setting(records)).items() if names is None or n in names}
+    runs = {n: t for n, t in pooled(records).items() if names is None or n in names}
     columns, rows = min(4, len(runs)), -(-len(runs)//4)
     fig, axes = plt.subplots(rows, columns, figsize=(3.4*columns + 1.2, 3.2*rows), sharey=True, layout="constrained", squeeze=False)
     attacks = {n: list(dict.fromkeys(t.perturbation[t.unit.str.startswith("ε")])) for n, t in runs.items()}
@@ -159,7 +159,7 @@ def plot_trade_off(records:list, # of the section `stability`
                   ): # the axes
     "Accuracy under noise against clean accuracy, with 95 % intervals over images: a point a run."
     import matplotlib.pyplot as plt
-    runs = {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}
+    runs = pooled(records)
     ax, colors = ax or plt.subplots(figsize=(6.5, 4.2))[1], model_colors(runs)
     for marker, (name, t) in zip("osD^vP*X<>dhp"*3, runs.items(), strict=False):
         x, y = t.iloc[0], t[(t.perturbation == noise[0]) & (t.strength == noise[1])].iloc[0]
@@ -176,8 +176,8 @@ def plot_corruptions(records:list, # of the section `stability`
     "Accuracy under each kind of common corruption, the mean over its severities: a row a run."
     import matplotlib.pyplot as plt, seaborn as sns
     rows = {}
-    for name, rs in by_name(one_setting(records)).items():
-        t = pool(rs); own = t[t.perturbation.str.startswith("corruption: ")]
+    for name, t in pooled(records).items():
+        own = t[t.perturbation.str.startswith("corruption: ")]
         rows[name] = {"clean": t.accuracy.iloc[0], **own.groupby("perturbation", sort=False).accuracy.mean().rename(lambda k: k.removeprefix("corruption: "))}
     frame = pd.DataFrame(rows).T
     ax = ax or plt.subplots(figsize=(8.5, .34*len(frame) + 1.4))[1]
@@ -193,7 +193,7 @@ def plot_orientations(records:list, # of the section `symmetry`
                      ): # the axes
     "Accuracy in each of the eight orientations with 95 % intervals: a group a run."
     import matplotlib.pyplot as plt
-    runs = {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}
+    runs = pooled(records)
     ax, colors = ax or plt.subplots(figsize=(10, 3.4))[1], plt.get_cmap("Paired").colors[:8]
     for i, ((perturbation, degrees), label) in enumerate(zip(ORBIT, ELEMENTS, strict=True)):
         rows = pd.DataFrame([t[(t.perturbation == perturbation) & (t.strength.isna() if degrees is None else t.strength == degrees)].iloc[0]
@@ -231,14 +231,14 @@ def plot_cost(records:list, # of the section `symmetry`
     "Accuracy over all orientations against passes through the network: each run as it is (1 pass), and averaged over the orbit (8)."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6.5, 3.8))[1]
-    runs = {n: pool(rs) for n, rs in by_name(one_setting(records)).items()}
+    runs = pooled(records)
     colors = model_colors(runs)
     for i, (name, t) in enumerate(runs.items()):
         once = np.mean([t[(t.perturbation == p) & (t.strength.isna() if d is None else t.strength == d)].accuracy.iloc[0] for p, d in ORBIT])
-        pooled = t[t.perturbation == "symmetrized"].iloc[0]
+        averaged = t[t.perturbation == "symmetrized"].iloc[0]
         shift = 1.03**(i - len(runs)/2) # side by side
-        ax.plot([shift, 8*shift], [once, pooled.accuracy], color=colors[name], marker="o", markersize=5, lw=1, label=name)
-        ax.errorbar(8*shift, pooled.accuracy, [[pooled.accuracy - pooled.low], [pooled.high - pooled.accuracy]], color=colors[name], lw=.6)
+        ax.plot([shift, 8*shift], [once, averaged.accuracy], color=colors[name], marker="o", markersize=5, lw=1, label=name)
+        ax.errorbar(8*shift, averaged.accuracy, [[averaged.accuracy - averaged.low], [averaged.high - averaged.accuracy]], color=colors[name], lw=.6)
     ax.set(xscale="log", xlabel="passes for each image", ylabel="accuracy, all orientations (%)",
            xticks=[1, 8], xticklabels=["1", "8: averaged"], xlim=(.7, 12)); ax.minorticks_off()
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)

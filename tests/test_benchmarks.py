@@ -53,23 +53,25 @@ def test_the_floor_counts_the_operations_of_a_step(stem, least):
     assert count(2, "imagenet") == 2 * one and 0.7e9 < one < 1.2e9 and count(1, stem) >= least * one
 
 
-@pytest.mark.parametrize("measure, kwargs", [("fgsm", {}), ("pgd", dict(steps=2))])
-def test_attacks_are_measured_beside_their_floor_and_peers(measure, kwargs, monkeypatch, capsys):
+@pytest.mark.parametrize("measure, kwargs, on", [("fgsm", {}, ["fgsm", "fgsm/DenseNet-121"]), ("pgd", dict(steps=2), ["pgd"])])
+def test_attacks_are_measured_beside_their_floor_and_peers(measure, kwargs, on, monkeypatch, capsys):
     run = lambda: list(getattr(benchmarks, measure)(None, rounds=1, batch=2, **kwargs))
     for peer in ("torchattacks", "foolbox", "art"): monkeypatch.setitem(sys.modules, peer, None)
     rows = run()
-    assert [r["measure"] for r in rows] == [measure, f"{measure}/folded"] and all(r["floor_ratio"] > 0 and r["peers"] == {} for r in rows)
+    assert [r["measure"] for r in rows] == [line for m in on for line in (m, f"{m}/folded")] and all(r["floor_ratio"] > 0 for r in rows)
+    layout = {"folded, contiguous"}
+    assert all(set(r["peers"]) == (layout if r["measure"].endswith("folded") else set()) for r in rows)
     said = capsys.readouterr().err
     assert all(f"{peer} is not installed" in said for peer in ("torchattacks", "foolbox", "art"))
     monkeypatch.setitem(sys.modules, "torchattacks", types.SimpleNamespace(**{n: lambda *args: lambda x, y: None for n in ("FGSM", "PGD")}))
-    assert all(set(r["peers"]) == {"torchattacks"} for r in run())
+    assert all(set(r["peers"]) - layout == {"torchattacks"} for r in run())
 
 
 @pytest.mark.parametrize("measure", ["fgsm", "pgd"])
 def test_attacks_are_measured_beside_the_peers_that_are_installed(measure):
     for peer in ("torchattacks", "foolbox", "art"): pytest.importorskip(peer)
-    row, folded = getattr(benchmarks, measure)(None, rounds=1, batch=2)
-    assert set(row["peers"]) == set(folded["peers"]) == {"torchattacks", "foolbox", "ART"}
+    row, folded, *_ = getattr(benchmarks, measure)(None, rounds=1, batch=2)
+    assert set(row["peers"]) == set(folded["peers"]) - {"folded, contiguous"} == {"torchattacks", "foolbox", "ART"}
 
 
 def test_the_adversarial_step_is_measured_beside_the_clean_and_the_naive_one():
