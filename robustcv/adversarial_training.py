@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .core import capturable, normalized, per_channel
 from .data import Batch
-from .fgsm import _ball, attacking, check_radius, cross_entropies, gradient, pgd
+from .fgsm import attacking, check_radius, cross_entropies, gradient, pgd, projection
 
 # %% ../nbs/13_adversarial_training.ipynb #8c2e458b
 def _mean_loss(model, x, y, label_smoothing=0.1): return F.cross_entropy(model(x).float(), y, label_smoothing=label_smoothing)
@@ -116,7 +116,7 @@ def _ascend(model, batch, radius, steps, size, loss):
     "Signed-gradient steps from a random start, in the precision of training."
     if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps={steps}: at least 1, a whole number")
     x, step = batch.images, radius*(2.5/steps if size is None else size)
-    into = _ball(x, radius)
+    into = projection(x, radius)
     adv = (x + radius*(torch.rand_like(x)*2 - 1)).clamp_(0, 1)
     with attacking(model, fp32=False):
         for _ in range(steps): adv = into(adv + step*gradient(model, adv, batch.labels, loss)[0].sign())

@@ -261,23 +261,21 @@ def _attackers(model, x, y, eps, steps):
     return out
 
 # %% ../nbs/30_benchmarks.ipynb #213e5dcd
-def _attacked(measure, attack, rounds, batch, steps=None, name="resnet18"):
-    "Two lines: the attack as it is, and on a model with folded batch normalisation, whose other memory layout is a peer."
+def _attacked(measure, attack, rounds, batch, steps=None, architecture="resnet18"):
+    "Three lines: the attack on the model as it is, and with batch normalisation folded in either memory layout."
     device, eps = pick_device(), 8/255
     x, y = torch.rand(batch, 3, 64, 64, generator=generator(0)).to(device), torch.arange(batch).to(device) % 200
-    model = build_model(name, 200).to(device).eval().requires_grad_(False)
-    layouts = {"folded": torch.channels_last, "folded, contiguous": torch.contiguous_format}
-    ways = {"ours": model} | {name: fold_batchnorm(model).to(memory_format=layout) for name, layout in layouts.items()}
-    ways = {name: partial(attack, net, x, y, eps) for name, net in ways.items()} | {"floor": partial(_ascents, model, x, y, steps or 1)}
-    seconds = interleave(ways | _attackers(model, x, y, eps, steps), rounds)
-    yield line(measure, {k: v for k, v in seconds.items() if k not in layouts}, batch, device)
-    seconds["ours"] = seconds.pop("folded")
-    yield line(f"{measure}/folded", seconds, batch, device)
+    model = build_model(architecture, 200).to(device).eval().requires_grad_(False)
+    nets = {measure: model, f"{measure}/folded": fold_batchnorm(model),
+            f"{measure}/folded, contiguous": fold_batchnorm(model).to(memory_format=torch.contiguous_format)}
+    others = {"floor": partial(_ascents, model, x, y, steps or 1)} | _attackers(model, x, y, eps, steps)
+    seconds = interleave({name: partial(attack, net, x, y, eps) for name, net in nets.items()} | others, rounds)
+    for name in nets: yield line(name, {"ours": seconds[name]} | {other: seconds[other] for other in others}, batch, device)
 
 def fgsm(data, rounds=15, batch=64):
     "FGSM at 64×64 in float32, on ResNet-18 and on DenseNet-121, where the article crafts its examples."
     yield from _attacked("fgsm", attacks.fgsm, rounds, batch)
-    yield from _attacked("fgsm/DenseNet-121", attacks.fgsm, max(1, rounds//3), batch, name="densenet121")
+    yield from _attacked("fgsm/DenseNet-121", attacks.fgsm, max(1, rounds//3), batch, architecture="densenet121")
 
 def pgd(data, rounds=5, batch=64, steps=10):
     "PGD on ResNet-18."

@@ -13,7 +13,6 @@ from robustcv.data import ImageSet
 from robustcv.ensemble import Ensemble
 from robustcv.single_run import scale_data
 from robustcv.fgsm import (
-    _ball,
     _slope,
     Transferred,
     apgd,
@@ -24,6 +23,7 @@ from robustcv.fgsm import (
     fold_batchnorm,
     gradient,
     pgd,
+    projection,
     square,
     strong_attacks,
     transfer_table,
@@ -260,7 +260,7 @@ def test_the_closed_form_of_a_slope_is_autograds(dtype):
 def test_the_nearest_point_of_the_box_is_that_of_two_bounds(seed, eps):
     x, adv = torch.rand(2, 3, 4, 4, generator=generator(seed)), 2*torch.randn(2, 3, 4, 4, generator=generator(seed, "adv"))
     eps = torch.tensor(eps).view(-1, 1, 1)
-    assert _ball(x, eps)(adv).equal(adv.minimum(x + eps).maximum(x - eps).clamp(0, 1))
+    assert projection(x, eps)(adv).equal(adv.minimum(x + eps).maximum(x - eps).clamp(0, 1))
 
 def test_modes_within_an_attack_do_not_stay(net):
     net.eval()
