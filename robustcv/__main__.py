@@ -24,7 +24,7 @@ from .evaluation import COLUMNS, compare, evaluate, pack, right_by_condition, un
 from .tables import caption, markdown, table
 from .experiments import plan, run_sections, show_plan
 from .single_run import describe_data, scale_data
-from .figures import draw_figures, draw_summary
+from .figures import draw_figures, draw_summary, write_figure
 from .model_figures import draw_models
 from .grids import DEMO, SECTIONS
 from .models import build_model, load_model, save_model
@@ -148,13 +148,16 @@ def evaluate_model(model:Path=typer.Argument(..., help="File written by `robustc
                    device:str=typer.Option(None, help="'cpu', 'cuda', …; default: the best there is.")):
     "Measure a model under the standard perturbations.\n\nExample: `robustcv evaluate runs/photos/model.safetensors photos --out photos.json`"
     net = load_model(model)
-    valid = load_data(data, size or net.size or 64)[1]
+    known, valid = load_data(data, (net.size or 64) if size is None else size)
     other = _read_table(against, valid.fingerprint) if against else None
     if out and out.is_dir(): raise IsADirectoryError(f"{out}: is a folder; give the name of a file")
     if out and not next(p for p in out.absolute().parents if p.exists()).is_dir(): raise NotADirectoryError(f"{out}: lies in a file; give another name")
     if net.classes is not None and net.classes != valid.classes:
         raise ValueError(f"{model}: was trained on {len(net.classes)} classes ({', '.join(net.classes[:3])}, …); "
                          f"{data} has {len(valid.classes)} ({', '.join(valid.classes[:3])}, …)")
+    if known.name == valid.name and net.trained_on not in (None, known.fingerprint):
+        warnings.warn(f"{data}: its training part is not what {model} was trained on; if images came or went since, some of those that it was trained on "
+                      "may be measured now: keep a folder val/ beside train/", stacklevel=2)
     result = evaluate(net, valid, precision=precision, device=device)
     _show(result[COLUMNS[:8]]) # first, so that it is seen whatever becomes of the file
     if out:
@@ -198,7 +201,8 @@ def run(sections:list[str]=typer.Argument(..., help=f"Some of: {', '.join(SECTIO
     try: chosen = None if seeds is None else [int(s) for s in seeds.split(",")]
     except ValueError: raise ValueError(f"seeds={seeds}: expected numbers separated by commas, e.g. 0,1,2") from None
     if pretrained: scale = f"{scale.removesuffix('-pretrained')}-pretrained"
-    names = list(SECTIONS) if "all" in sections else [choose("section", s, [*SECTIONS, "all"]) for s in sections]
+    names = [choose("section", s, [*SECTIONS, "all"]) for s in sections]
+    if "all" in names: names = list(SECTIONS)
     if dry_run:
         images = scale_data(SCALES[choose("scale", scale, SCALES)], data)
         jobs = plan(names, SCALES[scale], describe_data(*images), chosen, results, folder, only or None, images[0].boxes is not None)
@@ -284,12 +288,12 @@ def write_report(path, # HTML file to write
     return str(Path(path).resolve())
 
 # %% ../nbs/40_command_line.ipynb #593ea4c3
-_WHOLE = {"data": ("name", "classes", "train", "valid", "pixels", "synthetic", "fingerprint"), "config": ("run",),
-          "metrics": ("evaluation", "history", "train_accuracy", "valid_accuracy")}
+_WHOLE = {"data": dict(name=str, classes=int, train=int, valid=int, pixels=int, synthetic=bool, fingerprint=str), "config": dict(run=dict),
+          "metrics": dict(evaluation=list, history=list, train_accuracy=(int, float), valid_accuracy=(int, float))}
 
 def _check_whole(record, results):
     "Refuse a record that lacks what tables and figures are made of."
-    lacks = [f"{part}: {name}" for part, names in _WHOLE.items() for name in names if name not in record[part]]
+    lacks = [f"{part}: {name}" for part, names in _WHOLE.items() for name, kind in names.items() if not isinstance(record[part].get(name), kind)]
     if lacks: raise ValueError(f"{results}: record {record['id'][:8]} ({record['section']} / {record['name']}) lacks {', '.join(lacks)}; "
                                "remove its line, and run it again")
 
@@ -350,7 +354,7 @@ def show_scoreboard(scale:str=typer.Option("lite", help=_SCALES_HELP),
     _show_text(caption(records)); print("accuracy in %:"); _show_wide(board)
     if out:
         set_style()
-        with atomic_path(out) as part: plot_scoreboard(board).figure.savefig(part, format="png")
+        write_figure(plot_scoreboard(board).figure, out)
         print(f"figure: {out}")
 
 # %% ../nbs/40_command_line.ipynb #4d7017dd
@@ -365,6 +369,7 @@ def run_bench(measures:list[str]=typer.Argument(None, help=f"Some of: {', '.join
 def record(id:str=typer.Argument(..., help="The beginning of a record's id, as the ledger gives it."),
            results:Path=typer.Option("results", help="Folder of the records.")):
     "Show one record: what was run, on what, where, and what was measured.\n\nExample: `robustcv record 26a46c`"
+    if not results.exists(): raise FileNotFoundError(f"{results}: no such folder of records")
     found = [r for r in load_records(results) if r["id"].startswith(id)]
     if len(found) != 1:
         raise ValueError(f"id={id}: {len(found)} records in {results} begin so; give {'more of the id' if found else 'an id from `robustcv claims --json`'}")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import capturable, normalized, per_channel
+from .core import capturable, normalized, per_channel, whole_number
 from .data import Batch
 from .fgsm import attacking, check_radius, cross_entropies, gradient, pgd, projection
 
@@ -114,7 +114,7 @@ def trades_loss(model:nn.Module, batch:Batch, backward, # see `adversarial_loss`
 # %% ../nbs/13_adversarial_training.ipynb #e3b34365
 def _ascend(model, batch, radius, steps, size, loss):
     "Signed-gradient steps from a random start, in the precision of training."
-    if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps={steps}: at least 1, a whole number")
+    whole_number("steps", steps)
     x, step = batch.images, radius*(2.5/steps if size is None else size)
     into = projection(x, radius)
     adv = (x + radius*(torch.rand_like(x)*2 - 1)).clamp_(0, 1)
@@ -169,8 +169,7 @@ class WatchPGD:
                  steps:int=10, # of the attack
                  images:int=256, # number of validation images, at most
                 ):
-        if not isinstance(images, int) or images < 1: raise ValueError(f"images={images}: at least 1")
-        self.eps, self.steps, self.images = normalized(0.2) if eps is None else eps, steps, images
+        self.eps, self.steps, self.images = normalized(0.2) if eps is None else eps, whole_number("steps", steps), whole_number("images", images)
 
     def __call__(self, model, batches, before):
         right = seen = 0

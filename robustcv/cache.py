@@ -136,6 +136,9 @@ def open_cache(path, # file to map
               ): # what `make` returns
     "Map a cache file, if there is one and its source has not changed since; otherwise None, with a warning if it is damaged."
     if not path.exists(): return None
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{path}: cannot be read; give yourself the right to, or use another cache "
+                              "(the environment variable ROBUSTCV_CACHE or the argument cache=)")
     try:
         with safe_open(path, "pt") as f:
             meta = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}

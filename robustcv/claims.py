@@ -70,7 +70,8 @@ COLOR = (
           _clean([("vertical flip 0.6", "horizontal flip 0.6")], MORE)),
     Claim("C4", "color_jitter", "a flip with p = 0.6 helps significantly, one with p = 0.2 does not (here: by less than 2 points)",
           "“did not really change” / “significant”", (("baseline", "horizontal flip 0.6", MORE), ("baseline", "horizontal flip 0.2", (-2., 2.)))),
-    Claim("C5", "color_jitter", "of the single augmentations, crop + pad and horizontal flips do best, colour jitter does worst, in combinations, too",
+    Claim("C5", "color_jitter",
+          "of the single augmentations, crop + pad and horizontal flips do best, colour jitter less well (here: worst), in combinations, too",
           "a graph", _clean([(o, best) for best in CROP_FLIP for o in OTHERS] + [("all four 0.1", o) for o in CROP_FLIP + OTHERS]
                  + [("flip + jitter", "horizontal flip 0.6"), ("flip + crop + pad + jitter", "flip + crop + pad")], MORE)),
     Claim("C6", "color_jitter", "blur and flips raise validation accuracy at the cost of training accuracy; a wide colour range does the reverse", "in words",
@@ -85,7 +86,7 @@ ERASE = (
           (*_clean([("baseline", "E"), ("baseline", "FE")], MORE), *[("baseline", n, MORE, OWN[n], OWN[n]) for n in ("E", "FE")])),
     Claim("C9", "random_erase",
           "FCE drops on images augmented its way, the baseline does worse on them, and FCE loses little on clean ones (here: less than 5 points)",
-          "“significant drop”, “not devastatingly worse”",
+          "“significant drop”, “did not do devastatingly worse”",
           (("FCE", "FCE", LESS, CLEAN, OWN["FCE"]), ("baseline", "FCE", MORE, OWN["FCE"], OWN["FCE"]), ("baseline", "FCE", (-5., math.inf)))))
 
 # %% ../nbs/21_claims.ipynb #47155fca

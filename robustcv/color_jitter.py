@@ -6,6 +6,8 @@
 __all__ = ['ADJUST', 'HUE', 'luma', 'adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'adjust_hue', 'ColorJitter']
 
 # %% ../nbs/10_color_jitter.ipynb #240bc619
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -94,8 +96,9 @@ class ColorJitter(Transform):
 def _field(name, value):
     "torchvision's reading of a strength, as a range."
     same, low, high = (0., -.5, .5) if name == "hue" else (1., 0., float("inf"))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):
         if not 0 <= value <= high: raise ValueError(f"{name}={value}: a strength lies between 0 and {high:g}")
+        value = float(value)
         value = (max(low, same - value), same + value)
     return check_range(name, value, low, high)
 

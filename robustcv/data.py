@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from .cache import cache_folder, open_cache, stamp, write_cache
-from .core import generator
+from .core import derive_seed, generator, whole_number
 from .download import download_tiny_imagenet
 
 # %% ../nbs/01_data.ipynb #c61b0027
@@ -64,6 +64,9 @@ def _digests(contents): # iterable of bytes
     return torch.from_numpy(np.frombuffer(b"".join(out), np.uint8).reshape(-1, 8).copy())
 
 def _check_set(x, y, classes, boxes, digests):
+    for name, v in dict(images=x, labels=y, boxes=boxes, digests=digests).items():
+        if not isinstance(v, (Tensor, type(None))):
+            raise ValueError(f"{name}: expected a tensor, got a {type(v).__name__}; torch.from_numpy makes one of an array, torch.tensor of a list")
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
         raise ValueError(f"images: expected uint8 (N,3,H,W), got {x.dtype} {tuple(x.shape)}")
     if y.dtype != torch.int64 or y.shape != (len(x),):
@@ -104,13 +107,14 @@ def split(data:ImageSet, # a set
           fraction:float=0.2, # share of each class that goes to the second part
           seed:int=0, # of the random choice
          ) -> tuple[ImageSet, ImageSet]: # training and validation set
-    "Split at random, each class in the same proportion (at least one image on either side)."
+    "Split at random, each class in the same proportion (at least one image on either side); images that are added or removed hardly move the others."
     if not 0 < fraction < 1: raise ValueError(f"fraction={fraction}: must be between 0 and 1")
-    gen, parts = generator(seed, "split"), ([], [])
+    salt, raw, parts = derive_seed(seed, "split").to_bytes(8, "little"), data.digests.numpy(), ([], [])
+    drawn = lambda i: hashlib.blake2b(raw[i].tobytes(), digest_size=8, salt=salt).digest() # an image's own lot, whatever else is in the set
     for c, name in enumerate(data.classes):
         index = (data.labels == c).nonzero().flatten()
         if len(index) < 2: raise ValueError(f"class '{name}' of {data.name} has {len(index)} image(s): a split needs at least 2")
-        index = index[torch.randperm(len(index), generator=gen)]
+        index = torch.tensor(sorted(index.tolist(), key=drawn))
         n = min(max(1, round(len(index)*fraction)), len(index) - 1)
         parts[1].append(index[:n]); parts[0].append(index[n:])
     return tuple(take(data, torch.cat(p).sort().values) for p in parts)
@@ -118,7 +122,7 @@ def split(data:ImageSet, # a set
 # %% ../nbs/01_data.ipynb #7a449082
 def _load(scan, root, name, size=None, cache=None, rebuild=False, workers=None):
     "Open the cached set, or have `scan` list the source and decode it."
-    if size is not None and not 8 <= size <= 4096: raise ValueError(f"size={size}: must be between 8 and 4096 pixels")
+    if size is not None and (size := whole_number("size", size, 8)) > 4096: raise ValueError(f"size={size}: must be between 8 and 4096 pixels")
     key = hashlib.blake2b(repr((str(root.resolve()), name, size, 2)).encode(), digest_size=8).hexdigest()
     path = cache_folder(cache)/f"{name.replace('/', '-')}-{key}.safetensors"
     make = partial(ImageSet, name=name)
@@ -202,7 +206,10 @@ def _rows_val(root, wnids):
     label, here, rows = {w: i for i, w in enumerate(wnids)}, set(os.listdir(folder)), []
     for f, (w, box) in _read_boxes(file, 6).items():
         if w not in label: raise ValueError(f"{file}: class {w} of {f} is not in wnids.txt")
-        if f in here: rows.append((folder/f, label[w], box))
+        if f in here: rows.append((folder/f, label[w], box)); here.discard(f)
+    if left := sorted(f for f in here if os.path.splitext(f)[1].lower() in EXTENSIONS and not f.startswith(".")):
+        warnings.warn(f"{folder}: {len(left)} images, such as {left[0]}, are left out, as {file.name} does not name them; "
+                      "unpack the archive again", stacklevel=2)
     return rows, stamps
 
 # %% ../nbs/01_data.ipynb #d1bc0a04
@@ -229,6 +236,8 @@ def _scan_folder(root):
     if not classes: raise FileNotFoundError(f"{root}: no class folders; expected one sub-folder a class, with the images in it")
     files, labels, others = [], [], Counter()
     stamps = stamp(root, *(Path(folder) for c in classes for folder, _ in _walk(root/c)))
+    if loose := sorted(f for f in os.listdir(root) if os.path.splitext(f)[1].lower() in EXTENSIONS and (root/f).is_file() and not f.startswith(".")):
+        warnings.warn(f"{root}: {len(loose)} images, such as {loose[0]}, are left out, as they lie in no class's folder", stacklevel=2)
     for label, c in enumerate(classes):
         before = len(files)
         for folder, names in _walk(root/c):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from .core import choose, model_colors, pick_device
+from .core import choose, model_colors, pick_device, whole_number
 from .data import Batches, ImageSet
 from .models import Classifier, evaluating
 
@@ -187,7 +187,7 @@ def reliability(logits:Tensor, # (N,K)
                 bins:int=15, # of equal width
                ) -> pd.DataFrame: # a row a bin that is not empty: mean confidence and accuracy in %, n
     "Accuracy by confidence; a bin includes its upper end."
-    if not isinstance(bins, int) or bins < 1: raise ValueError(f"bins={bins}: a whole number, at least 1")
+    whole_number("bins", bins)
     z, y = _check_labelled(logits, labels)
     confidence, named = z.softmax(1).max(1)
     rows = pd.DataFrame({"confidence": 100*confidence.numpy(), "accuracy": 100.*(named == y).numpy()})
@@ -238,7 +238,7 @@ class Tempered(nn.Module):
         super().__init__()
         if not 0 < temperature < math.inf: raise ValueError(f"temperature={temperature}: a finite number above 0")
         self.model, self.temperature, self.classes = model, float(temperature), getattr(model, "classes", None)
-        self.train(model.training)
+        self.training = model.training # its own parts may be in other modes
 
     def forward(self, x:Tensor) -> Tensor: return self.model(x)/self.temperature # logits (B,K)
     def extra_repr(self): return f"temperature={self.temperature:.4g}"

@@ -111,6 +111,8 @@ def evaluate(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
 
 # %% ../nbs/05_evaluation.ipynb #12a6e95d
 def _check_evaluated(images, perturbations, batch_size):
+    if not isinstance(images, ImageSet):
+        raise ValueError(f"images: expected an ImageSet, got a {type(images).__name__}; `load_data` returns two, of which the second is to be measured on")
     if not len(images): raise ValueError(f"images: {images.name} is empty")
     for p in perturbations:
         if not isinstance(p, Perturbation): raise ValueError(f"perturbations: {p!r} is none; see `standard_perturbations()`")
@@ -294,15 +296,17 @@ def plot_bars(tables:dict, # name to an evaluation
              ): # the axes
     "Accuracy under every perturbation with 95 % intervals: a group a perturbation, a colour a model."
     import matplotlib.pyplot as plt
-    first = next(iter(tables.values()))
+    if not tables: raise ValueError("tables: none to draw")
+    shown = {(p, str(s)): labelled(p, s, u) for t in tables.values() for p, s, u in zip(t.perturbation, t.strength, t.unit, strict=True)}
+    place, sizes = {k: i for i, k in enumerate(shown)}, sorted({int(n) for t in tables.values() for n in t.n})
     ax = ax or plt.subplots(figsize=(9, 4.2), layout="constrained")[1]
     width, colors = 0.8/len(tables), model_colors(tables)
     for i, (name, t) in enumerate(tables.items()):
-        at = np.arange(len(t)) + (i - (len(tables) - 1)/2)*width
+        at = np.array([place[p, str(s)] for p, s in zip(t.perturbation, t.strength, strict=True)]) + (i - (len(tables) - 1)/2)*width
         ax.bar(at, t.accuracy, width, label=name, color=colors[name], yerr=[t.accuracy - t.low, t.high - t.accuracy], error_kw=dict(lw=.8, ecolor=".3"))
-    labels = [labelled(*row) for row in zip(first.perturbation, first.strength, first.unit, strict=True)]
-    ax.set_xticks(range(len(first)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-    ax.set(ylabel="accuracy (%)", title=f"n = {first.n.iloc[0]:,} a bar, 95 % intervals", ylim=(0, 100), xlim=(-.6, len(first) - .4))
+    ax.set_xticks(range(len(shown)), shown.values(), rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    n = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    ax.set(ylabel="accuracy (%)", title=f"n = {n} a bar, 95 % intervals", ylim=(0, 100), xlim=(-.6, len(shown) - .4))
     ax.grid(False, axis="x"); ax.legend(loc="upper right", ncols=len(tables), fontsize=8)
     return ax
 

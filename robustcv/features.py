@@ -19,7 +19,7 @@ from .data import Batches, ImageSet
 from .models import Classifier, evaluating
 from .processes import main_process
 from .symmetry import RandomSymmetry, check_sides, orbit_features, split_at, symmetrize, turned
-from .training import (PAUSE, Checkpoint, Training, _check_fit, _one_cycle, _signature, autocast, cross_entropy, fit, not_finite,
+from .training import (PAUSE, Checkpoint, Training, _check_fit, _check_parts, _one_cycle, _signature, _tell, autocast, cross_entropy, fit, not_finite,
                                probe_images)
 
 # %% ../nbs/04a_features.ipynb #44bf1b20
@@ -50,20 +50,22 @@ def fit_from(model:Classifier, # trained in place, from a stage on
             ) -> pd.DataFrame: # as `fit` returns it
     "`fit` with `RandomSymmetry` and frozen layers before `first`, computed once for each orientation; accuracies are on images turned at random."
     device = pick_device(device)
-    _check_fit(model, train, valid)
+    _check_fit(model, train, valid, config); _check_parts(cross_entropy, None, folder)
     _check_from(model, train, valid, config)
     model.freeze_below(first).to(device)
-    model.classes, model.size, model.trained_on = train.classes, train.images.shape[-1], train.fingerprint
     if (size := gigabytes(model, first, train)) > most:
         print(f"from {first} on: features of {len(train):,} images in 8 orientations would take {size:.1f} GB, more than {most:g}: "
               "computed anew for every batch", flush=True)
-        return fit(symmetrize(model) if pooled else model, train, turned(valid), transform=None if pooled else RandomSymmetry(),
-                   config=config, seed=seed, device=device, folder=folder, probe=turned(probe_images(train, valid, seed)))
+        history = fit(symmetrize(model) if pooled else model, train, turned(valid), transform=None if pooled else RandomSymmetry(),
+                      config=config, seed=seed, device=device, folder=folder, probe=turned(probe_images(train, valid, seed)))
+        _tell(model, train)
+        return history
     run = _cache(model, first, train, valid, config, seed, device, pooled)
     what = f"features before {first}{', pooled' if pooled else ''}"
     checkpoint = Checkpoint(folder, model, run.optimizer, run.schedule, folder and _signature(model, train, valid, cross_entropy, what, config, seed), PAUSE)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for n in range(checkpoint.load(), config.epochs): checkpoint.save(run.epoch(n), main_process(), last=n + 1 == config.epochs)
+        done = checkpoint.load(); _tell(model, train)
+        for n in range(done, config.epochs): checkpoint.save(run.epoch(n), main_process(), last=n + 1 == config.epochs)
     if config.keep == "best": model.load_state_dict(checkpoint.best)
     model.eval()
     return pd.DataFrame(checkpoint.history)
@@ -107,6 +109,7 @@ def _cache(model, first, train, valid, config, seed, device, pooled):
         cached = orbit_features(before, train, device=device)
         seen = lambda s: orbit_features(before, s, device=device) if pooled else orbit_features(before, turned(s), [0], device)
         probes = {n: (seen(s), s.labels.to(device)) for n, s in (("train_accuracy", probe_images(train, valid, seed)), ("valid_accuracy", valid))}
+    model.zero_grad() # what the caller left
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
     order = replace(train, images=train.images[:, :, :1, :1]) # only which images, and their labels, are needed from here on
     batches = Batches(order, config.batch_size, shuffle=True, drop_last=True, seed=seed, device=device)

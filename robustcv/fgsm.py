@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from .core import per_channel, pick_device
+from .core import per_channel, pick_device, whole_number
 from .data import Batches, ImageSet
 from .models import check_logits, evaluating
 from .transforms import check_images
@@ -40,7 +40,8 @@ def attacking(model:nn.Module, # attacked inside of the `with`
 # %% ../nbs/12_fgsm.ipynb #c6b47abb
 def check_radius(eps) -> Tensor:
     "A radius, or one a channel, as a tensor; a `ValueError` for other shapes, such as one an image."
-    radius = torch.as_tensor(eps, dtype=None if isinstance(eps, Tensor) else torch.float64).detach()
+    try: radius = torch.as_tensor(eps, dtype=None if isinstance(eps, Tensor) else torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f"eps={eps!r}: a number, or one a channel") from None
     if radius.numel() != 1 and radius.shape not in ((3,), (3, 1, 1), (1, 3, 1, 1)):
         raise ValueError(f"eps: a number, or one a channel, (3,) or (3,1,1); got shape {tuple(radius.shape)}")
     return radius
@@ -70,7 +71,8 @@ def cross_entropies(out:Tensor, y:Tensor) -> Tensor: # (B,)
 def _recording(x): return x.is_cuda and torch.cuda.is_current_stream_capturing() # when no number can be read, see `fit`
 
 def check_labels(out:Tensor, y:Tensor) -> Tensor: # the logits (B,K), if every label has one
-    "Raise a `ValueError` where a label lies beyond the outputs."
+    "Raise a `ValueError` where a label lies beyond the outputs, or these are no tensor."
+    if not isinstance(out, Tensor): check_logits(out)
     if out.ndim != 2 or not _recording(out) and int(y.max()) >= out.shape[1]:
         raise ValueError(f"labels: the model's output of shape {tuple(out.shape)} has no logit for label {int(y.max())}")
     return out
@@ -100,6 +102,12 @@ def _slope(out, y, loss):
     slope, = torch.autograd.grad(loss(wide, y).sum(), wide)
     return (slope/slope.abs().amax(1, keepdim=True).clamp_min(1e-300)).to(out.dtype)
 
+def _check_numbers(out):
+    if out.isnan().any():
+        n = int(out.isnan().any(1).sum())
+        raise ValueError(f"model: its outputs are no numbers (NaN) for {n} of {len(out)} images; its weights are damaged, or it divides by 0")
+    return out
+
 def _check_gradient(grad, out):
     lost = int((~grad.isfinite()).flatten(1).any(1).sum())
     if lost and out.isfinite().all(): # of outputs that are not finite, others have more to say
@@ -115,7 +123,8 @@ def fgsm(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
         ) -> Tensor: # adversarial copy of `x`, in [0,1]
     "One signed-gradient step of size `eps` ([Goodfellow et al. 2014](https://arxiv.org/abs/1412.6572))."
     eps = check_attack(x, y, eps)
-    with attacking(model): grad = gradient(model, x, y)[0]
+    with attacking(model): grad, out = gradient(model, x, y)
+    _check_numbers(out)
     return (x + (-eps if targeted else eps)*grad.sign()).clamp_(0, 1).detach()
 
 # %% ../nbs/12_fgsm.ipynb #808a5b2b
@@ -160,8 +169,9 @@ def pgd(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
         for _ in range(restarts):
             adv = into(x + _random_offset(x, eps, norm, generator)) if random_start else x.clone()
             for _ in range(steps):
-                g = gradient(model, adv, y)[0]
+                g, out = gradient(model, adv, y)
                 adv = into(adv + step*(g.sign() if norm == "linf" else _unit(g)))
+            _check_numbers(out)
             if restarts == 1: return adv.detach()
             with torch.no_grad(): loss = sign*cross_entropies(model(adv).float(), y)
             best, most = (adv, loss) if best is None else (torch.where((loss > most).view(-1, 1, 1, 1), adv, best), torch.maximum(loss, most))
@@ -173,8 +183,7 @@ def _check_pgd(eps, steps, norm, restarts, random_start, step_size=None):
         raise ValueError(f"step_size={step_size}: a number above 0; None: 2.5 eps / steps")
     if norm not in ("linf", "l2"): raise ValueError(f"norm='{norm}': use 'linf' or 'l2'")
     if norm == "l2" and eps.numel() > 1: raise ValueError("eps: an L2 radius is one number")
-    for name, v in (("steps", steps), ("restarts", restarts)):
-        if not isinstance(v, int) or v < 1: raise ValueError(f"{name}={v}: at least 1")
+    whole_number("steps", steps); whole_number("restarts", restarts)
     if restarts > 1 and not random_start: raise ValueError(f"restarts={restarts}: restarts from the same point are all alike; use random_start=True")
     return eps
 
@@ -226,6 +235,7 @@ class _Climb:
     def _look(self):
         "The gradient and the loss where it stands; returns whether each image is misclassified there."
         self.grad, out = gradient(self.model, self.adv, self.y, self.loss)
+        _check_numbers(out)
         self.value = self.loss(out.double(), self.y).float()
         return out.argmax(1) != self.y
 
@@ -258,7 +268,7 @@ def square(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
           ) -> Tensor: # in [0,1]; images that are misclassified, or came closest to it
     "Random search over squares, without gradients ([Andriushchenko et al. 2019](https://arxiv.org/abs/1912.00049))."
     eps = check_attack(x, y, eps)
-    if not isinstance(queries, int) or queries < 1: raise ValueError(f"queries={queries}: at least 1")
+    whole_number("queries", queries)
     if not 0 < p <= 1: raise ValueError(f"p={p}: a share above 0, at most 1")
     (b, c, h, w), like = x.shape, dict(generator=generator, device=generator.device if generator else x.device)
     signs = lambda *shape: (torch.randint(2, shape, **like)*2 - 1).to(x)
@@ -280,7 +290,7 @@ def square(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
 # %% ../nbs/12_fgsm.ipynb #bd6288aa
 def _margins(model, x, y):
     "Logit of the label less the largest other one."
-    out = check_labels(model(x), y).float()
+    out = _check_numbers(check_labels(model(x), y)).float()
     return out.gather(1, y[:, None])[:, 0] - out.scatter(1, y[:, None], -math.inf).amax(1)
 
 def _share(p, i, queries):
@@ -371,6 +381,7 @@ def transfer_table(sources:dict, # name to the model that examples are crafted o
                   ) -> pd.DataFrame: # a row a source, target and radius: correct, n, accuracy in %, and `hits` (n,) bool
     "Accuracy of every target under examples from every source; on the diagonal the attack is white-box."
     if not sources or not targets or not eps: raise ValueError("sources, targets, eps: each needs at least one entry")
+    if not len(images): raise ValueError(f"images: {images.name} is empty")
     device = pick_device(device)
     still = {id(m): fold_batchnorm(m).to(device) for m in (*sources.values(), *targets.values())}
     hits, first = {(s, t, e): [] for s in sources for e in eps for t in targets}, next(iter(Batches(images, batch_size, device=device)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JITTERED', 'KINDS', 'plot_runs', 'plot_fields', 'plot_occlusion', 'plot_attacks', 'plot_watched', 'plot_trade_off',
            'plot_corruptions', 'plot_orientations', 'plot_selectivity', 'plot_cost', 'plot_degraded', 'under',
-           'draw_figures', 'draw_summary']
+           'write_figure', 'draw_figures', 'draw_summary']
 
 # %% ../nbs/22_figures.ipynb #6c9988d2
 import textwrap
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from .claims import plot_claims
-from .core import COLORS, generator, model_colors, normalized, set_style
+from .core import COLORS, atomic_path, generator, model_colors, normalized, set_style
 from .perturbations import ORBIT, labelled, standard_perturbations
 from .evaluation import plot_bars, plot_strength
 from .single_run import ATTACKED
@@ -304,18 +304,25 @@ def under(fig, # a figure
     box, (width, height) = fig.get_tightbbox(), fig.get_size_inches()
     fig.text(box.x0/width, (box.y0 - .05)/height, textwrap.fill(text, int(18*box.width)), fontsize=7, color=".4", va="top")
 
+# %% ../nbs/22_figures.ipynb #084a242a
+def write_figure(fig, # to be written, and closed
+                 path, # PNG file, in a folder that is made if need be
+                ):
+    "A figure as a PNG file, whole or not at all."
+    import matplotlib.pyplot as plt
+    with atomic_path(path) as part: fig.savefig(part, format="png")
+    plt.close(fig)
+
 # %% ../nbs/22_figures.ipynb #14eccec6
 def draw_figures(records:list, # of one section, scale and data set
                  folder, # where the PNG files go
                 ) -> list: # paths
     "The figures of a section as PNG files named after section and scale."
-    import matplotlib.pyplot as plt
     set_style()
     records, folder, out = one_setting(records), Path(folder), []
-    folder.mkdir(parents=True, exist_ok=True)
     r = records[0]
     for name, fig, *text in _figures(records):
-        under(fig, *text or [basis(records)]); out.append(folder/f"{r['section']}-{r['scale']}-{name}.png"); fig.savefig(out[-1]); plt.close(fig)
+        under(fig, *text or [basis(records)]); out.append(folder/f"{r['section']}-{r['scale']}-{name}.png"); write_figure(fig, out[-1])
     return out
 
 # %% ../nbs/22_figures.ipynb #4601409a
@@ -323,13 +330,10 @@ def draw_summary(records:list, # of any sections, at one scale and on one data s
                  folder, # where the PNG files go
                 ) -> list: # paths
     "What decides each claim, and the scoreboard, as PNG files named after the scale."
-    import matplotlib.pyplot as plt
     set_style()
-    r, folder = one_setting(records)[0], Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {}
+    r, files = one_setting(records)[0], {}
     for name, ax in {"claims": plot_claims(records, decisive=True), "scoreboard": plot_scoreboard(scoreboard(records))}.items():
         under(ax.figure, basis(records))
-        files[folder/f"summary-{r['scale']}-{name}.png"] = ax.figure
-    for file, fig in files.items(): fig.savefig(file); plt.close(fig)
+        files[Path(folder)/f"summary-{r['scale']}-{name}.png"] = ax.figure
+    for file, fig in files.items(): write_figure(fig, file)
     return list(files)

@@ -17,7 +17,7 @@ from .core import Scale, normalized, set_style
 from .data import ImageSet, show_images
 from .evaluation import spread_over
 from .single_run import describe_data, scale_data, trained_model
-from .figures import under
+from .figures import under, write_figure
 from .fgsm import attacking, gradient
 from .multi_task import box_iou, box_quality, predict_boxes
 from .perturbations import show_perturbations, standard_perturbations
@@ -113,16 +113,15 @@ def draw_models(scale:Scale, data, # the scale, and the folder of its images
                 **kwargs, # cache, workers
                ) -> list: # paths
     "Images under perturbations, adversarial examples, responses to rotation, and boxes; a picture whose networks are not there is left out with a warning."
-    import matplotlib.pyplot as plt
     train, valid = scale_data(scale, data, **kwargs)
     get, files = partial(trained_model, scale=scale, about=describe_data(train, valid), folder=runs), []
-    set_style(); Path(folder).mkdir(parents=True, exist_ok=True)
+    set_style()
     for name, draw, text in _model_figures(train, valid):
         try: fig, seed = _of_first_seed(draw, get, scale.seeds)
         except (FileNotFoundError, ValueError) as e: warnings.warn(f"{name.format(scale.name)} is left out: {e}", stacklevel=2); continue
         files.append(Path(folder)/f"{name.format(scale.name)}.png")
         under(fig, f"scale {scale.name}: {train.name}, {len(train.classes)} classes; {text.format(seed=seed)}")
-        fig.savefig(files[-1]); plt.close(fig)
+        write_figure(fig, files[-1])
     return files
 
 def _of_first_seed(draw, get, seeds):

@@ -11,7 +11,7 @@ import atexit, gc, os
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor
 
 from .core import pick_device
 
@@ -21,13 +21,18 @@ def _leave():
     gc.collect() # a model that was shared is a cycle that keeps the group alive, and its threads with it
     if dist.is_initialized(): dist.destroy_process_group()
 
+class _Alone:
+    "What one process is to itself: Accelerate's state, which is the caller's, is left as it is."
+    num_processes, process_index, is_main_process = 1, 0, True
+    backward, reduce = staticmethod(Tensor.backward), staticmethod(lambda value, how: value)
+
 def accelerator(device):
     "Accelerate's handle on this process, and the device: with one process, the one asked for."
     device = pick_device(device)
-    if PartialState._shared_state and PartialState().num_processes == 1: AcceleratorState._reset_state(reset_partial_state=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return _Alone, device
     acc = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     if acc.num_processes > 1 and dist.get_backend() == "gloo": atexit.register(_leave)
-    return acc, device if acc.num_processes == 1 else acc.device
+    return acc, acc.device
 
 # %% ../nbs/03a_processes.ipynb #d9d0a129
 def main_process() -> bool:

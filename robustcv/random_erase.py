@@ -12,7 +12,7 @@ from numbers import Number
 import torch
 import torch.nn.functional as F
 
-from .core import IMAGENET_MEAN, IMAGENET_STD
+from .core import IMAGENET_MEAN, IMAGENET_STD, whole_number
 from .transforms import Transform, check_p, check_range, one_by_one, uniform
 
 # %% ../nbs/11_random_erase.ipynb #2ba49be6
@@ -103,9 +103,8 @@ class GaussianDistortion(Transform):
                 ):
         super().__init__()
         if not isinstance(magnitude, Number) or not 0 <= magnitude < math.inf: raise ValueError(f"magnitude={magnitude}: pixels, not negative")
-        if not isinstance(grid, int) or grid < 2: raise ValueError(f"grid={grid}: at least 2 points a side")
         if not isinstance(width, Number) or not 0 < width < math.inf: raise ValueError(f"width={width}: must be positive")
-        self.magnitude, self.grid, self.width = float(magnitude), grid, float(width)
+        self.magnitude, self.grid, self.width = float(magnitude), whole_number("grid", grid, 2), float(width)
 
     def draw(self, x, generator=None):
         n = self.grid

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from .core import capturable, generator as make_generator, normalized, per_channel, pick_device
+from .core import capturable, generator as make_generator, normalized, per_channel, pick_device, whole_number
 from .data import Batch, Batches, ImageSet
 from .models import check_logits, evaluating
 from .transforms import PerImage, Transform
@@ -169,7 +169,7 @@ def corrupt(x:Tensor, # images (B,3,H,W) in [0,1]
            ) -> Tensor: # (B,3,H,W) in [0,1]
     "A common corruption ([Hendrycks and Dietterich 2019](https://arxiv.org/abs/1903.12261)) as for Tiny ImageNet; `brightness` and `saturate` are milder."
     if kind not in SEVERITIES: raise ValueError(f"kind='{kind}': use one of {', '.join(SEVERITIES)}")
-    if not isinstance(severity, int) or severity not in range(1, 6): raise ValueError(f"severity={severity}: a whole number from 1 to 5")
+    if whole_number("severity", severity) > 5: raise ValueError(f"severity={severity}: a whole number from 1 to 5")
     f, strengths = SEVERITIES[kind]
     return f(x, strengths[severity - 1])
 
@@ -194,8 +194,7 @@ def certify(model:nn.Module, # maps (B,3,H,W) in [0,1] to logits (B,K)
     "Certified predictions of the smoothed network."
     if not 0 < sigma < math.inf: raise ValueError(f"sigma={sigma}: a standard deviation in pixel units, above 0")
     if not 0 < alpha < 1: raise ValueError(f"alpha={alpha}: a probability above 0 and below 1")
-    for name, v in (("n0", n0), ("n", n)):
-        if not isinstance(v, int) or v < 1: raise ValueError(f"{name}={v}: at least 1")
+    n0, n = whole_number("n0", n0), whole_number("n", n)
     device, rows = pick_device(device), []
     gen = make_generator(seed, "certify", device=device)
     with evaluating(model.to(device)):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .core import temporary_folder
+from .core import temporary_folder, whole_number
 from .drawing import CLASSES, draw_image
 
 # %% ../nbs/06_synthetic.ipynb #6a894588
@@ -63,10 +63,7 @@ def _write_tree(root, config):
 def _check(config):
     "Raise a `ValueError` that names the first argument out of range"
     least = dict(train_per_class=1, val_per_class=1, classes=2, size=32, seed=0)
-    for name,low in least.items():
-        value = config[name]
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value<low:
-            raise ValueError(f'{name} must be a whole number of at least {low}, not {value!r}')
+    for name,low in least.items(): whole_number(name, config[name], low)
     if config['classes']>len(CLASSES): raise ValueError(f"classes must be at most {len(CLASSES)}, not {config['classes']}")
 
 def _is_there(dest, config):
@@ -103,7 +100,6 @@ def make_synthetic(dest, # folder to create, in the layout of `tiny-imagenet-200
     _check(config)
     config,dest = {**{k: int(v) for k,v in config.items()}, 'version': _VERSION},Path(dest).expanduser()
     if _is_there(dest, config): return dest
-    dest.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(dest) as tmp:
         tree = tmp/'tree'
         tree.mkdir()

@@ -7,9 +7,10 @@ __all__ = ['PAUSE', 'cross_entropy', 'Training', 'autocast', 'at_a_time', 'accur
            'fit', 'plot_history']
 
 # %% ../nbs/04_training.ipynb #525f5714
-import hashlib, io, json, math, os, time, zipfile
+import errno, hashlib, io, json, math, os, time, zipfile
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import atomic_path, capturable, choose, derive_seed, describe, generator, model_colors, out_of_memory, pick_device
+from .core import atomic_path, capturable, choose, derive_seed, describe, disk_errors, generator, model_colors, out_of_memory, whole_number
 from .data import Batch, Batches, ImageSet, take
 from .models import Classifier, check_logits, evaluating, save_model
 from .processes import accelerator
@@ -54,9 +55,10 @@ class Training:
     def __post_init__(self):
         choose("keep", self.keep, ["last", "best"]); choose("precision", self.precision, ["auto", "bf16", "fp32"])
         for name in ("epochs", "batch_size", "replays"):
-            if (v := getattr(self, name)) is not None and (not isinstance(v, int) or v < 1): raise ValueError(f"{name}={v!r}: a whole number, at least 1")
+            if (v := getattr(self, name)) is not None or name != "replays": object.__setattr__(self, name, whole_number(name, v))
         for name in ("lr", "momentum", "weight_decay", "warmup"):
-            if not isinstance(v := getattr(self, name), (int, float)): raise ValueError(f"{name}={v!r}: a number")
+            if not isinstance(v := getattr(self, name), Real): raise ValueError(f"{name}={v!r}: a number")
+            if not isinstance(v, (int, float)): object.__setattr__(self, name, float(v)) # NumPy's
         if not 0 <= self.weight_decay < math.inf: raise ValueError(f"weight_decay={self.weight_decay}: not negative")
         if not 0 <= self.momentum < 1: raise ValueError(f"momentum={self.momentum}: from 0 to below 1")
         if not 0 <= self.warmup <= 1: raise ValueError(f"warmup={self.warmup}: a share between 0 and 1")
@@ -138,7 +140,8 @@ class Checkpoint:
 
     def load(self) -> int: # number of finished epochs
         "Continue where the folder's state left off, if there is one."
-        if self.folder is None or not (file := self.folder/"state.pt").is_file(): return 0
+        if self.folder is None: return 0
+        if not (file := self.folder/"state.pt").is_file(): self._make_room(); return 0
         state = _read_state(file, {"signature", "best", "history", *self.parts})
         if state["signature"] != self.signature:
             raise ValueError(f"{file}: belongs to a run with other settings or data{_differing(state['signature'], self.signature)}; "
@@ -146,6 +149,12 @@ class Checkpoint:
         for k, p in self.parts.items(): p.load_state_dict(state[k])
         self.history, self.best = json.loads(state["history"]), state["best"]
         return len(self.history)
+
+    def _make_room(self):
+        "Find out before an epoch is trained that its checkpoint cannot be written."
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 # %% ../nbs/04_training.ipynb #72e19bee
 def _passes(run, objective, batch):
@@ -235,8 +244,12 @@ def not_finite(what:str, # and where
     return FloatingPointError(f"the {what}: lower the learning rate (lr={config.lr}) or use precision='fp32'{more}")
 
 def _in_memory(f, run, *args):
-    "`f(run, …)`; if memory runs out, the error says what to do."
+    "`f(run, …)`; if memory runs out, or a batch has too little in it, the error says what to do."
     try: return f(run, *args)
+    except ValueError as e:
+        if "more than 1 value per channel" not in str(e): raise
+        raise ValueError(f"batch_size={run.config.batch_size}: batch normalisation takes at least 2 images of this size a step "
+                         "(--batch-size, or a larger --size)") from e
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e): raise
         b = run.config.batch_size
@@ -277,11 +290,11 @@ def _set_up(model, train, valid, objective, transform, config, seed, device, fol
         if device.type == "cpu": raise ValueError("sync_batchnorm=True: PyTorch has it for GPUs only")
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device, memory_format=torch.channels_last)
-    if isinstance(model, Classifier): model.classes, model.size, model.trained_on = train.classes, train.images.shape[-1], train.fingerprint
     shard = dict(device=device, rank=acc.process_index, world=acc.num_processes)
     batches = Batches(train, config.batch_size, shuffle=True, drop_last=True, seed=seed, **shard)
     seen = {"train_accuracy": probe_images(train, valid, seed) if probe is None else probe, "valid_accuracy": valid}
     probes = {name: Batches(images, at_a_time(device), **shard) for name, images in seen.items()}
+    model.zero_grad() # what the caller, or an interrupted step, left
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
     schedule = _one_cycle(optimizer, config, config.epochs*len(batches)*(config.replays or 1))
     checkpoint = Checkpoint(folder, model, optimizer, schedule, folder and _signature(model, train, valid, objective, transform, config, seed),
@@ -295,14 +308,26 @@ def _set_up(model, train, valid, objective, transform, config, seed, device, fol
 def _signature(model, train, valid, objective, transform, config, seed):
     "What a checkpoint must agree with to be continued."
     about = model.config if isinstance(model, Classifier) else _layers(model)
-    own = [_settings(m) for m in transform.modules()] if isinstance(transform, nn.Module) else []
-    return json.dumps(describe(dict(config=config, objective=objective, transform=[transform, own], seed=seed, model=about, frozen=getattr(model, "frozen", ()),
+    still = [getattr(model, "frozen", ()), [n for n, p in model.named_parameters() if not p.requires_grad]]
+    parts = {name: _whole(name, part) for name, part in dict(objective=objective, transform=transform).items()}
+    return json.dumps(describe(dict(config=config, **parts, seed=seed, model=about, frozen=still,
                                     data=[train.fingerprint, valid.fingerprint,
                                           *([train.box_fingerprint] if isinstance(model, Classifier) and model.config.get("boxes") else [])])))
 
+def _whole(name, part):
+    "The description of an argument; of a module, with what each of its modules keeps in attributes and buffers, which a description may leave out."
+    try: return [describe(part), [_settings(m) for m in part.modules()] if isinstance(part, nn.Module) else []]
+    except TypeError as e: raise TypeError(f"{name}: {e}; with folder=None, anything goes") from None
+
 def _settings(module):
-    "What a module keeps in plain attributes, which its description may leave out."
-    return {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training" and isinstance(v, (bool, int, float, str))}
+    kept = {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training"} | dict(module.named_buffers(recurse=False))
+    return {k: told for k, v in kept.items() if (told := _told(v)) is not None}
+
+def _told(value):
+    "A setting's description, of a tensor a digest; None: it has none."
+    try: told = describe(value)
+    except TypeError: return None
+    return hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest() if isinstance(value, Tensor) else told
 
 def _layers(model):
     "A digest of a network's layers, and of which parameters learn."
@@ -316,10 +341,11 @@ def _one_cycle(optimizer, config, steps):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=rise, cycle_momentum=False)
 
 # %% ../nbs/04_training.ipynb #0c7a3922
-def _check_fit(model, train, valid):
+def _check_fit(model, train, valid, config):
     if tuple(train.classes) != tuple(valid.classes):
         raise ValueError(f"valid: its classes differ from those of the training images ({train.name}, {valid.name})")
     if not len(valid): raise ValueError("valid: no images to measure on")
+    if not isinstance(config, Training): raise ValueError(f"config: expected such as Training(epochs=15), got a {type(config).__name__}")
     k = model.config["num_classes"] if isinstance(model, Classifier) else len(train.classes)
     if k != len(train.classes):
         raise ValueError(f"model: has {k} outputs, the images have {len(train.classes)} classes; build it with num_classes={len(train.classes)}")
@@ -328,9 +354,13 @@ def _check_fit(model, train, valid):
 def _check_parts(objective, transform, folder):
     if transform is not None: check_transform(transform)
     if isinstance(objective, nn.modules.loss._Loss):
-        raise ValueError(f"objective: {type(objective).__name__} is a loss of logits and labels; wrap it in a function of model, batch and backward, "
-                         "such as lambda model, batch, backward: loss(model(batch.images), batch.labels)")
+        raise ValueError(f"objective: {type(objective).__name__} is a loss of logits and labels; wrap it in a function, such as "
+                         "def objective(model, batch, backward): return loss(model(batch.images), batch.labels)")
     if folder is not None and Path(folder).is_file(): raise NotADirectoryError(f"{folder}: is a file; choose a folder for checkpoints")
+
+def _tell(model, train):
+    "What a saved model says of the images it has learnt from."
+    if isinstance(model, Classifier): model.classes, model.size, model.trained_on = train.classes, train.images.shape[-1], train.fingerprint
 
 def _check_outputs(model, batches, classes):
     "Refuse a model without a logit for each class before it is trained."
@@ -357,9 +387,9 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
         probe:ImageSet|None=None, # images for the training accuracy; None: `probe_images`
        ) -> pd.DataFrame: # one row an epoch: loss, accuracies in %, lr, seconds, images_per_second
     "Train a model, with a measurement and a checkpoint after every epoch; resumes an unfinished run."
-    _check_fit(model, train, valid); _check_parts(objective, transform, folder)
+    _check_fit(model, train, valid, config); _check_parts(objective, transform, folder)
     run = _set_up(model, train, valid, objective, transform, config, seed, device, folder, probe)
-    _check_outputs(model, run.probes["valid_accuracy"], len(train.classes))
+    _check_outputs(model, run.probes["valid_accuracy"], len(train.classes)); _tell(model, train)
     with run.bar, torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         for epoch in range(len(run.checkpoint.history), config.epochs):
             row = {"epoch": epoch + 1, "lr": run.schedule.get_last_lr()[0], **_in_memory(_epoch, run, epoch)}

@@ -9,13 +9,13 @@ __all__ = ['check_images', 'check_range', 'check_p', 'uniform', 'Transform', 'on
 
 # %% ../nbs/02_transforms.ipynb #376fb7a0
 import math
-from numbers import Number
+from numbers import Integral, Number
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import one_thread
+from .core import one_thread, whole_number
 from .data import known_boxes
 
 # %% ../nbs/02_transforms.ipynb #23f835ed
@@ -136,12 +136,11 @@ class RandomVerticalFlip(RandomHorizontalFlip):
 # %% ../nbs/02_transforms.ipynb #daae8053
 def _check_size(size) -> tuple[int, int]: # height and width
     both = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(both) == 2 and all(isinstance(s, int) and s >= 1 for s in both): return both
+    if len(both) == 2 and all(isinstance(s, Integral) and s >= 1 for s in both): return tuple(map(int, both))
     raise ValueError(f"size={size}: expected a positive height and width in whole pixels")
 
 def _check_padding(padding):
-    if not isinstance(padding, int) or padding < 0: raise ValueError(f"padding={padding}: must be a whole number of pixels, not negative")
-    return padding
+    return whole_number("padding", padding, 0)
 
 def _room(x, size, padding):
     "By how many pixels down and right a window can be moved."
@@ -255,7 +254,7 @@ def gaussian_blur(x:Tensor, # (B,3,H,W)
     return F.conv2d(F.conv2d(x, kernel, groups=b*c), kernel.transpose(2, 3), groups=b*c).view(b, c, h, w)
 
 def _check_kernel(size):
-    if isinstance(size, int) and size > 0 and size % 2: return size
+    if isinstance(size, Integral) and size > 0 and size % 2: return int(size)
     raise ValueError(f"kernel_size={size}: must be odd and positive")
 
 # %% ../nbs/02_transforms.ipynb #8b5aca6f

@@ -127,7 +127,7 @@ def test_bad_settings_name_the_argument(batch, objective, word):
 
 @pytest.mark.parametrize("objective", [partial(pgd_loss, steps=0), partial(trades_loss, steps=0)])
 def test_an_attack_without_steps_is_refused(batch, objective):
-    with pytest.raises(ValueError, match="steps=0: at least 1"): gradients(objective, batch)
+    with pytest.raises(ValueError, match="steps=0: a whole number, at least 1"): gradients(objective, batch)
 
 def test_free_training_begins_anew_with_every_epoch_and_training():
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from robustcv.__main__ import app, write_report
 from robustcv.color_jitter import ColorJitter
 from robustcv.core import SCALES, alone_with, load_records
 from robustcv.grids import DEMO, SECTIONS, Run
-from robustcv.models import load_model
+from robustcv.models import build_model, load_model, save_model
 from robustcv.tables import filters
 
 
@@ -66,6 +66,24 @@ def test_a_folder_of_ones_own_is_trained_and_measured(tmp_path):
     assert all(line.split()[-3:] == ["0", "0", "8"] for line in fewer.splitlines()[-24:]), "each row is compared with its own"
     (tmp_path / "table.json").write_text(json.dumps(dict(evaluation=table["evaluation"])))
     assert "not a table written by" in call("evaluate", out / "model.safetensors", data, "--size", 32, "--against", tmp_path / "table.json", code=1)
+
+
+def test_images_that_were_added_since_are_no_secret(tmp_path):
+    data, out = photos(tmp_path / "photos"), tmp_path / "run"
+    call("train", data, "--size", 32, "--epochs", 1, "--batch-size", 8, "--lr", 0.02, "--out", out)
+    Image.new("RGB", (40, 40)).save(data / "cats" / "new.png")
+    with pytest.warns(UserWarning, match="its training part is not what .* was trained on; if images came or went since"):
+        call("evaluate", out / "model.safetensors", data)
+
+
+def test_small_slips_are_named(tmp_path):
+    assert "size=0" in call("evaluate", _small_model(tmp_path), photos(tmp_path / "photos", 4), "--size", 0, code=1)
+    assert "unknown section 'foo'" in call("run", "all", "foo", "--dry-run", code=1)
+    assert "no such folder of records" in call("record", "abc", "--results", tmp_path / "nowhere", code=1)
+
+
+def _small_model(tmp_path):
+    model = build_model("shufflenet_v2_x0_5", 2); save_model(model, tmp_path / "m.safetensors"); return tmp_path / "m.safetensors"
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):

@@ -19,7 +19,7 @@ from torch import nn
 
 from robustcv import core
 from robustcv.core import (COLORS, IMAGENET_STD, SCALES, append_record, atomic_path, check_record, choose, derive_seed, describe, generator, load_records,
-                           make_record, model_colors, normalized, pick_device, run_id, seed_everything, temporary_folder)
+                           make_record, model_colors, normalized, pick_device, run_id, seed_everything, temporary_folder, whole_number)
 
 BASE = make_record("baseline", "plain", "smoke", {"lr": 0.1}, 0, {"fingerprint": "abc"}, torch.device("cpu"), 1.5, {"accuracy": 0.5})
 
@@ -91,6 +91,24 @@ def test_atomic_path_keeps_the_old_file_on_a_crash(tmp_path):
     with pytest.raises(RuntimeError), atomic_path(tmp_path/"file") as part:
         part.write_text("half"); raise RuntimeError
     assert (tmp_path/"file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX systems")
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    (tmp_path/"real").write_text("old"); (tmp_path/"link").symlink_to("real"); os.mkfifo(tmp_path/"pipe")
+    with atomic_path(tmp_path/"link") as part: part.write_text("new")
+    assert (tmp_path/"link").is_symlink() and (tmp_path/"real").read_text() == "new"
+    reader = os.open(tmp_path/"pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_path(tmp_path/"pipe") as part: part.write_text("through")
+    assert os.read(reader, 99) == b"through" and (tmp_path/"pipe").is_fifo() and len(list(tmp_path.iterdir())) == 3
+    os.close(reader)
+
+@pytest.mark.parametrize("value", [2, np.int64(2), np.uint8(2)])
+def test_whole_numbers_of_numpy_are_python_s(value): assert type(whole_number("n", value, 2)) is int
+
+@pytest.mark.parametrize("value", [1, 2., "2", None, True, np.float32(2)])
+def test_what_is_no_whole_number_is_named(value):
+    with pytest.raises(ValueError, match="^n=.*: a whole number, at least 2$"): whole_number("n", value, 2)
 
 
 def test_records_round_trip_in_order_and_the_last_of_an_id_counts(tmp_path):
@@ -256,7 +274,8 @@ ROW = dict(perturbation="clean", strength=None, unit="", correct=3, n=10, second
 
 @pytest.mark.parametrize("row, said", [("clean", "a JSON object, not str"), ({**ROW, "n": 0}, "3 correct of 0"), ({**ROW, "correct": 11}, "11 correct of 10"),
     ({**ROW, "hits": "!!"}, "'hits' is not of 10 images"), ({k: v for k, v in ROW.items() if k != "hits"}, "field 'hits' is missing"),
-    ({**ROW, "strength": "much"}, "field 'strength'")])
+    ({**ROW, "strength": "much"}, "field 'strength'"),
+    *[({k: v for k, v in ROW.items() if k != lost}, f"field '{lost}'") for lost in ("strength", "unit", "seconds")]])
 def test_a_damaged_measurement_is_named_by_file_line_and_row(tmp_path, row, said):
     sound = {**BASE, "metrics": {"evaluation": [ROW]}}
     (tmp_path/"r.jsonl").write_text(json.dumps(sound) + "\n" + json.dumps({**sound, "id": "b", "metrics": {"evaluation": [ROW, row]}}) + "\n")

@@ -1,6 +1,7 @@
 """Image sets and batches."""
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, strategies as st
@@ -87,12 +88,24 @@ def test_a_split_is_stratified_and_disjoint(data, fraction, seed):
     assert sorted(found.tolist()) == sorted(data.digests.tolist()) # random images: digests tell them apart
     assert [p.fingerprint for p in parts] == [p.fingerprint for p in split(data, fraction, seed)]
 
+@given(st.integers(0, 9))
+def test_a_new_image_hardly_moves_the_others(seed):
+    data, more = images(60), images(61)
+    was, now = (set(map(tuple, split(d, 0.2, seed)[1].digests.tolist())) for d in (data, more))
+    assert len(was - now) <= 1 and len(now - was) <= 2 # it pushes one out, and may make room for one more
+
 def test_another_seed_splits_otherwise():
     assert len({split(images(30), 0.5, s)[0].fingerprint for s in range(3)}) == 3
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5])
 def test_split_refuses_a_share_of_nothing(fraction):
     with pytest.raises(ValueError, match="fraction"): split(images(), fraction)
+
+@pytest.mark.parametrize("part, value, said", [
+    ("images", [1], "images: expected a tensor, got a list"), ("images", np.zeros((4, 3, 8, 8), np.uint8), "got a ndarray; torch.from_numpy"),
+    ("labels", np.zeros(4, np.int64), "labels: expected a tensor"), ("boxes", np.zeros((4, 4)), "boxes: expected a tensor")])
+def test_arrays_are_told_how_to_become_tensors(part, value, said):
+    with pytest.raises(ValueError, match=said): replace(images(4), **{part: value})
 
 def test_split_names_a_class_with_too_few_images():
     with pytest.raises(ValueError, match="'class 2' of images has 1 image"): split(take(images(12, 3), torch.tensor([0, 1, 2, 3, 4])), 0.5)

@@ -366,6 +366,10 @@ def test_where_no_temperature_is_best_there_is_a_warning(sign):
     with pytest.warns(UserWarning, match="no temperature is best"): t = fit_temperature(sign*torch.eye(3), torch.arange(3))
     assert .01 <= t <= 100 and (t < 1 if sign > 0 else t > 50)
 
+def test_a_temperature_leaves_the_modes_of_parts_alone():
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout()).train(); net[0].eval()
+    assert Tempered(net, 2.).training and net.training and not net[0].training and net[1].training
+
 def test_a_temperature_changes_confidence_only():
     net, x = small(classes=("a", "b", "c", "d")).eval(), torch.rand(5, 3, 32, 32)
     model = Tempered(net, 2)

@@ -336,6 +336,13 @@ def test_plots_show_what_is_in_the_table_and_name_what_is_not():
     import matplotlib.pyplot as plt
     t, data = table(perturbations=STANDARD), images()
     assert len(plot_bars({"a": t, "b": t}).patches) == 2*len(STANDARD)
+    ax = plot_bars({"a": t.iloc[[0, 1, 2]], "b": t.iloc[[5, 0]].assign(n=7)}) # other rows, in another order
+    label = {round(x): l.get_text() for x, l in zip(ax.get_xticks(), ax.get_xticklabels(), strict=True)}
+    shown = [label[round(p.get_x() + p.get_width()/2)] for p in ax.patches]
+    assert shown == [labelled(STANDARD[i].name, STANDARD[i].strength, STANDARD[i].unit) for i in (0, 1, 2, 5, 0)]
+    assert "n = 7 to 20 a bar" in ax.get_title()
+    with pytest.raises(ValueError, match="tables: none"): plot_bars({})
+    with pytest.raises(ValueError, match="images: expected an ImageSet, got a tuple"): evaluate(linear(), (data, data))
     assert plot_strength({"a": t}, "noise").lines[0].get_ydata().tolist() == t[t.perturbation == "noise"].accuracy.tolist()
     assert plot_confusions(t, data, "rotation", 90).get_ylabel() == "true"
     assert len(show_perturbations(data.images[:2], STANDARD[:3]).axes) == 6

@@ -1,7 +1,9 @@
 """Attacks: closed forms on linear models, no side effects, a peer library where it is installed."""
 import copy
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -358,6 +360,27 @@ def test_outputs_that_are_not_finite_are_no_robustness():
     data = ImageSet((x*255).to(torch.uint8), y, ("a", "b", "c"))
     with pytest.raises(ValueError, match="outputs are not finite"): worst_case(NotFinite(), x, y, .1)
     with pytest.raises(ValueError, match="outputs are not finite"): transfer_table({"n": NotFinite()}, {"n": NotFinite()}, data, {"e": .1})
+
+@pytest.mark.parametrize("attack", [fgsm, pgd, partial(pgd, norm="l2"), apgd, square])
+def test_outputs_that_are_no_numbers_are_named_by_every_attack(attack):
+    class Lost(nn.Module):
+        def forward(self, x): return torch.stack([x.mean((1, 2, 3)), (x.mean((1, 2, 3)) - 1).sqrt()], 1)
+    class Two(nn.Module):
+        def forward(self, x): return x.mean((2, 3)), x
+    x, y = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"its outputs are no numbers \(NaN\) for 4 of 4 images"): attack(Lost(), x, y, .1)
+    with pytest.raises(ValueError, match="model: returns a tuple and not logits"): attack(Two(), x, y, .1)
+
+@pytest.mark.parametrize("eps", ["0.1", None, "much"])
+def test_a_radius_that_is_no_number_is_named(eps):
+    with pytest.raises(ValueError, match="eps="): fgsm(nn.Flatten(), torch.rand(1, 3, 8, 8), torch.zeros(1, dtype=torch.long), eps)
+
+def test_steps_may_be_numpy_s_and_an_empty_set_is_named(images):
+    torch.manual_seed(0); net, y = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 5)).eval(), torch.arange(len(images)) % 5
+    assert torch.equal(*(pgd(net, images, y, .1, steps=s, random_start=False) for s in (3, np.int64(3))))
+    with pytest.raises(ValueError, match="steps=2.0: a whole number"): pgd(net, images, y, .1, steps=2.)
+    none = ImageSet(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), ("a",))
+    with pytest.raises(ValueError, match="images: .* is empty"): transfer_table({"n": net}, {"n": net}, none, {"e": .1})
 
 @pytest.mark.parametrize("attack", [fgsm, pgd, apgd, square, worst_case])
 @pytest.mark.parametrize("labels", [torch.tensor([0, 4]), torch.tensor([0, -1]), torch.tensor([0, -100]), torch.ones(2).int(), torch.ones(2).byte()])

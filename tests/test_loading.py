@@ -457,3 +457,19 @@ def test_copies_of_training_images_among_validation_images_are_told(tmp_path):
     with pytest.warns(UserWarning, match="2 of 8 validation images are training images, too, byte for byte"): train, valid = load_data(root)
     copies = in_both(train, valid)
     assert copies.sum() == 2 and all((train.images == x).flatten(1).all(1).any() for x in valid.images[copies])
+
+def test_images_that_no_line_names_are_counted(official, tmp_path):
+    file = official/"val"/"val_annotations.txt"
+    lines = file.read_text().splitlines(keepends=True); file.write_text("".join(lines[:-2]))
+    with pytest.warns(UserWarning, match="val/images: 2 images, such as val_.*, are left out, as val_annotations.txt does not name them"):
+        assert len(load_tiny_imagenet(official, "val", cache=tmp_path/"own")) == len(lines) - 2
+
+def test_images_in_no_class_s_folder_are_counted(tmp_path):
+    for name in ("a/1.png", "b/1.png", "loose.png"):
+        (tmp_path/"t"/name).parent.mkdir(parents=True, exist_ok=True); Image.new("RGB", (8, 8)).save(tmp_path/"t"/name)
+    with pytest.warns(UserWarning, match="1 images, such as loose.png, are left out, as they lie in no class's folder"):
+        load_folder(tmp_path/"t", cache=tmp_path)
+
+@pytest.mark.parametrize("size", ["32", (32, 32), 32.5, 7, 5000])
+def test_a_size_is_a_whole_number(tmp_path, size):
+    with pytest.raises(ValueError, match="size="): load_folder(tmp_path, size)

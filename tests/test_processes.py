@@ -103,3 +103,15 @@ def test_statistics_over_the_whole_batch_are_for_gpus():
         try: learnt(cross_entropy, Training(epochs=1, batch_size=8, sync_batchnorm=True))
         except ValueError as e: return str(e)
     assert launched(work) == ["sync_batchnorm=True: PyTorch has it for GPUs only"]*2
+
+def test_the_caller_s_own_accelerator_is_left_alone():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    try:
+        mine = Accelerator(cpu=True, gradient_accumulation_steps=4)
+        before = dict(mine.state.__dict__)
+        fit(net(), images(), images(12, 1), config=replace(CONFIG, epochs=1), device="cpu")
+        assert mine.state.__dict__ == before and mine.gradient_accumulation_steps == 4 and AcceleratorState().mixed_precision == mine.mixed_precision
+    finally: AcceleratorState._reset_state(reset_partial_state=True)
+    fit(net(), images(), images(12, 1), config=replace(CONFIG, epochs=1), device="cpu")
+    assert not PartialState._shared_state # nor is there one of ours that would be in the way

@@ -191,7 +191,7 @@ def test_a_certificate_leaves_the_model_as_it_was():
     assert model.training and model[0].training and all(v.equal(state[k]) for k, v in model.state_dict().items())
 
 @pytest.mark.parametrize("kwargs, said", [({"sigma": 0}, "sigma=0"), ({"sigma": math.inf}, "sigma=inf"), ({"alpha": 1}, "alpha=1"),
-                                          ({"n": 0}, "n=0: at least 1"), ({"n0": 2.5}, "n0=2.5")])
+                                          ({"n": 0}, "n=0: a whole number, at least 1"), ({"n0": 2.5}, "n0=2.5")])
 def test_a_certificate_needs_sensible_numbers(kwargs, said):
     with pytest.raises(ValueError, match=said): certify(Half(), ImageSet(PIXELS, torch.zeros(20).long(), ("a", "b")), **{"sigma": .1, **kwargs})
 

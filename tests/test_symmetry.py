@@ -202,6 +202,15 @@ def test_interrupted_training_on_features_is_continued_from_the_last_checkpoint(
     train(folder=tmp_path/"quick")
     assert written == [4]
 
+def test_a_file_is_no_folder_and_gradients_from_before_do_not_count(sets, tmp_path):
+    config = Training(1, 12, lr=.02, precision="fp32")
+    (tmp_path/"file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"): fit_from(fresh(), "head", *sets, config, device="cpu", folder=tmp_path/"file")
+    clean, spoilt = fresh(), fresh()
+    for p in spoilt.parameters(): p.grad = torch.ones_like(p)
+    for model in (clean, spoilt): fit_from(model, "head", *sets, config, device="cpu")
+    for a, b in zip(clean.state_dict().values(), spoilt.state_dict().values(), strict=True): assert torch.equal(a, b)
+
 def test_both_ways_measure_training_accuracy_on_the_same_turned_images(sets):
     config = Training(2, 12, lr=.02, precision="fp32")
     cached, plain = (fit_from(fresh(), "layer4", *sets, config, device="cpu", most=most) for most in (4., 0.))

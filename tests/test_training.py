@@ -407,6 +407,9 @@ def test_a_model_without_a_logit_a_class_is_refused_before_it_is_trained(model, 
 def test_parts_of_another_kind_are_refused(kwargs, said):
     with pytest.raises((ValueError, OSError), match=said): run(**kwargs)
 
+def test_settings_are_a_training():
+    with pytest.raises(ValueError, match="config: expected such as .*got a dict"): run(config={"epochs": 2})
+
 @pytest.mark.parametrize("kwargs", [dict(epochs=1.5), dict(momentum=1.), dict(momentum=-.1), dict(batch_size=0)])
 def test_settings_out_of_range_are_refused(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))): Training(**kwargs)
@@ -418,6 +421,71 @@ class Shift(nn.Module):
 def test_what_a_transform_keeps_in_attributes_tells_checkpoints_apart(tmp_path):
     run(transform=Shift(.1), folder=tmp_path); run(transform=Shift(.1), folder=tmp_path)
     with pytest.raises(ValueError, match="other settings or data"): run(transform=Shift(.2), folder=tmp_path)
+
+class Kept(nn.Module):
+    "A transform, or an objective, with a setting in an attribute or a buffer."
+    def __init__(self, by, buffer=False):
+        super().__init__()
+        if buffer: self.register_buffer("by", torch.tensor(by))
+        else: self.by = by
+    def forward(self, x, *args): return x if args and isinstance(args[0], torch.Generator) else cross_entropy(x, args[0])
+
+@pytest.mark.parametrize("part", ["transform", "objective"])
+@pytest.mark.parametrize("one, other", [(Kept((.9, 1.1)), Kept((.9, 5.))), (Kept({"a": [1]}), Kept({"a": [2]})), (Kept(1), Kept(2)),
+                                        (Kept(.1, True), Kept(.2, True))])
+def test_whatever_a_module_keeps_tells_checkpoints_apart(tmp_path, part, one, other):
+    first = run(folder=tmp_path, **{part: one})
+    assert torch.equal(run(folder=tmp_path, **{part: one})[0], first[0])
+    with pytest.raises(ValueError, match=rf"other settings or data \({part}\)"): run(folder=tmp_path, **{part: other})
+
+def test_other_frozen_weights_are_other_settings(tmp_path):
+    def go(frozen):
+        torch.manual_seed(0); model = build_model("shufflenet_v2_x0_5", K)
+        for n, p in model.named_parameters(): p.requires_grad_(frozen not in n)
+        return run(model, config=replace(CONFIG, epochs=1), folder=tmp_path)
+    go("fc.bias")
+    with pytest.raises(ValueError, match=r"other settings or data \(frozen\)"): go("fc.weight")
+
+def test_gradients_that_were_there_before_do_not_count():
+    spoilt = linear(); (100*spoilt(torch.rand(4, 3, 8, 8))).square().sum().backward()
+    assert torch.equal(run(spoilt)[0], run()[0])
+
+class Leaving(Interrupted):
+    "Crashes between a gradient and its step."
+    def __call__(self, model, batch, backward):
+        if self.calls == self.at - 1: backward(cross_entropy(model, batch))
+        return super().__call__(model, batch, backward)
+
+def test_an_interrupted_step_leaves_nothing_behind_in_the_same_model(tmp_path):
+    whole, model = run(deep()), deep()
+    with pytest.raises(Crash): run(model, Leaving(5), folder=tmp_path)
+    assert any(p.grad is not None for p in model.parameters())
+    assert torch.equal(run(model, Leaving(), folder=tmp_path)[0], whole[0])
+
+def test_a_refused_model_is_as_it_was(tmp_path):
+    go = lambda model, **kwargs: fit(model, images(), images(12, 1), config=replace(CONFIG, epochs=1, **kwargs), device="cpu", folder=tmp_path)
+    go(build_model("shufflenet_v2_x0_5", K)); other = build_model("shufflenet_v2_x0_5", K)
+    with pytest.raises(ValueError, match="other settings"): go(other, lr=.5)
+    assert (other.classes, other.size, other.trained_on) == (None, None, None)
+
+def test_a_lambda_is_named_where_it_cannot_be_described(tmp_path):
+    objective = lambda model, batch, backward: cross_entropy(model, batch)
+    run(objective=objective)
+    with pytest.raises(TypeError, match="objective: cannot describe function .*; with folder=None, anything goes"):
+        run(objective=objective, folder=tmp_path/"new")
+    assert not (tmp_path/"new"/"state.pt").exists()
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_epoch(tmp_path):
+    (tmp_path/"file").write_text(""); counted = Interrupted()
+    with pytest.raises(OSError, match="file.*move away the file"): run(objective=counted, folder=tmp_path/"file"/"sub")
+    assert counted.calls == 0
+
+def test_a_single_image_a_step_is_told_what_batch_normalisation_takes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, K))
+    with pytest.raises(ValueError, match="batch_size=1: batch normalisation takes at least 2 images"): run(model, config=replace(CONFIG, batch_size=1))
+
+def test_settings_may_be_numpy_s():
+    assert run(config=replace(CONFIG, epochs=np.int64(3), lr=np.float64(.01), momentum=np.float32(.5)))[1].equals(run(config=replace(CONFIG, momentum=.5))[1])
 
 def test_numbers_of_any_kind_may_be_watched_and_be_seeds(tmp_path):
     history = run(watch=lambda model, batches, before: {"a": torch.tensor(2.), "b": np.float32(3)}, seed=np.int64(1), folder=tmp_path)[1]
