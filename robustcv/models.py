@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .core import IMAGENET_MEAN, IMAGENET_STD, atomic_path, choose
+from .core import IMAGENET_MEAN, IMAGENET_STD, atomic_path, choose, whole_number
 from .data import show_images
 
 # %% ../nbs/03_models.ipynb #4ad14594
@@ -139,7 +139,7 @@ def build_model(name:str, # "resnet18", "densenet121", any torchvision classifie
     "A classifier with normalisation inside; a linear head for another number of classes, or without boxes, is replaced by a new one."
     choose("stem", stem, ["imagenet", "half", "small"])
     if weights and pretrained: raise ValueError("weights, pretrained: a network starts from one of them")
-    if num_classes < 2: raise ValueError(f"num_classes={num_classes}: a classifier needs at least 2")
+    if (num_classes := whole_number("num_classes", num_classes)) < 2: raise ValueError(f"num_classes={num_classes}: a classifier needs at least 2")
     state, outputs = _read_weights(weights) if weights else _pretrained_weights(name) if pretrained else None, num_classes + 4*boxes
     net = _create(name, outputs)
     stages = _stages(net)

@@ -56,6 +56,7 @@ def test_stems_keep_the_image_s_size_or_half_of_it(name, side):
     assert sizes == {"imagenet": side, "half": 16, "small": 32} and first_conv(model).kernel_size == (3, 3)
 
 @pytest.mark.parametrize("kwargs, said", [({"name": "resnet19"}, "did you mean 'resnet1"), ({"num_classes": 1}, "num_classes=1"),
+    ({"num_classes": "3"}, "num_classes=.3.: a whole number"),
     ({"stem": "tiny"}, "unknown stem 'tiny'"), ({"name": "vgg11", "stem": "small"}, "known for ResNets and DenseNets, not for VGG")])
 def test_building_refuses(kwargs, said):
     with pytest.raises(ValueError, match=said): build_model(**{"name": "resnet18", "num_classes": 5, **kwargs})
