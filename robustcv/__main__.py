@@ -201,6 +201,7 @@ def run(sections:list[str]=typer.Argument(..., help=f"Some of: {', '.join(SECTIO
     try: chosen = None if seeds is None else [int(s) for s in seeds.split(",")]
     except ValueError: raise ValueError(f"seeds={seeds}: expected numbers separated by commas, e.g. 0,1,2") from None
     if pretrained: scale = f"{scale.removesuffix('-pretrained')}-pretrained"
+    for r in load_records(results): _check_whole(r, results)
     names = [choose("section", s, [*SECTIONS, "all"]) for s in sections]
     if "all" in names: names = list(SECTIONS)
     if dry_run:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .core import capturable, normalized, per_channel, whole_number
 from .data import Batch
 from .fgsm import attacking, check_radius, cross_entropies, gradient, pgd, projection
+from .processes import summed
 
 # %% ../nbs/13_adversarial_training.ipynb #8c2e458b
 def _mean_loss(model, x, y, label_smoothing=0.1): return F.cross_entropy(model(x).float(), y, label_smoothing=label_smoothing)
@@ -180,6 +181,7 @@ class WatchPGD:
             adv = pgd(model, x, y, self.eps, self.steps)
             with attacking(model), torch.no_grad(): right += int((model(adv).argmax(1) == y).sum())
             seen += len(y)
+        right, seen = summed(torch.tensor([right, seen], device=batches.device)).tolist()
         now, best = 100*right/max(1, seen), max((row.get("pgd_accuracy", 0.) for row in before), default=0.) # a row may be of an epoch without a watch
         if best > 150/len(batches.data.classes) and now < best/2 and best - now > 5: # chance is no robustness to lose
             warnings.warn(f"accuracy under PGD fell to {now:.1f} %, after {best:.1f} % at its best: "

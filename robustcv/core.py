@@ -11,7 +11,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SIZES', 'SCALES', 'SCHEMA', 'RECORD
            'set_style', 'model_colors']
 
 # %% ../nbs/00_core.ipynb #e5bf156a
-import ctypes, difflib, errno, glob, hashlib, json, math, os, platform, random, shutil, subprocess, threading, time, warnings
+import base64, ctypes, difflib, errno, glob, hashlib, json, math, os, platform, random, shutil, subprocess, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -83,7 +83,7 @@ def device_name(device:torch.device, # a device
                ) -> str: # what a reader of the record recognises
     "The model name of a device, with the number of threads on a CPU."
     if device.type == "cuda": return torch.cuda.get_device_name(device)
-    try: name = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
+    try: name = next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
@@ -333,7 +333,10 @@ def _check_row(row, where):
     for field, kind in dict(perturbation=str, strength=(int, float, type(None)), unit=str, correct=int, n=int, seconds=(int, float), hits=str).items():
         if field not in row or not isinstance(row[field], kind): raise ValueError(f"{where}: field '{field}' is missing or has the wrong type")
     if not 0 <= row["correct"] <= row["n"] or not row["n"]: raise ValueError(f"{where}: {row['correct']} correct of {row['n']}")
-    if len(row["hits"]) != 4*math.ceil(row["n"]/24): raise ValueError(f"{where}: field 'hits' is not of {row['n']} images")
+    try: right = int.from_bytes(base64.b64decode(row["hits"], validate=True), "big").bit_count()
+    except ValueError: right = None
+    if len(row["hits"]) != 4*math.ceil(row["n"]/24) or right != row["correct"]:
+        raise ValueError(f"{where}: field 'hits' is not of {row['n']} images of which {row['correct']} are right")
 
 # %% ../nbs/00_core.ipynb #757da36b
 def append_record(path, # JSON lines file; created if missing

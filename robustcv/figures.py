@@ -20,7 +20,7 @@ from .claims import plot_claims
 from .core import COLORS, atomic_path, generator, model_colors, normalized, set_style
 from .perturbations import ORBIT, labelled, standard_perturbations
 from .evaluation import plot_bars, plot_strength
-from .single_run import ATTACKED
+from .single_run import ATTACKED, QUICK
 from .tables import basis, by_name, filters, one_setting, pool, pooled
 from .models import show_filters
 from .scoreboard import plot_scoreboard, scoreboard
@@ -143,12 +143,13 @@ def plot_watched(records:list, # of runs with `WatchPGD`
     import matplotlib.pyplot as plt
     runs = by_name(one_setting(records))
     ax, colors = ax or plt.subplots(figsize=(7, 3.6))[1], model_colors(runs)
+    attack = dict(steps=10, images=256) | QUICK.get(records[0]["scale"].removesuffix("-pretrained"), {}).get("watch", {}) # `WatchPGD`'s own, or fewer
     for name, rs in runs.items():
         h = pd.DataFrame(sum((r["metrics"]["history"] for r in rs), [])).groupby("epoch", as_index=False).mean()
         share = h.epoch/h.epoch.max() # free training has fewer epochs, with several steps a batch
         ax.plot(share, h.pgd_accuracy, color=colors[name], label=name); ax.plot(share, h.valid_accuracy, color=colors[name], ls="--", alpha=.6)
     ax.set(xlabel="share of the training", ylabel="accuracy (%)", ylim=(-1, None),
-           title="solid: under PGD-10, ε = 0.2 normalised, on at most 256 of the images; dashed: clean")
+           title=f"solid: under PGD-{attack['steps']}, ε = 0.2 normalised, on at most {attack['images']} of the images; dashed: clean")
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
@@ -269,9 +270,10 @@ def plot_degraded(records:list, # of the section `multi_task`
 def _figures(records):
     "Name and figure of everything that is drawn of a section; and what it rests on, where that is not all of the records."
     r, runs = records[0], by_name(records)
-    if len(runs) <= 3 and r["metrics"]["history"]: # an ensemble has none
-        histories = {n: pd.DataFrame(sum((x["metrics"]["history"] for x in rs), [])).groupby("epoch", as_index=False).mean() for n, rs in runs.items()}
-        yield "curves", plot_history(histories).figure, basis(records, fewer=False)
+    learnt = {n: rs for n, rs in runs.items() if rs[0]["metrics"]["history"]} # an ensemble has none
+    if len(runs) <= 3 and learnt:
+        histories = {n: pd.DataFrame(sum((x["metrics"]["history"] for x in rs), [])).groupby("epoch", as_index=False).mean() for n, rs in learnt.items()}
+        yield "curves", plot_history(histories).figure, basis(sum(learnt.values(), []), fewer=False)
         standard = {p.name for p in standard_perturbations()}
         yield "perturbations", plot_bars({n: (t := pool(rs))[t.perturbation.isin(standard)] for n, rs in runs.items()}).figure
     else: yield "runs", plot_runs(records).figure, basis(records, fewer=False)
@@ -279,8 +281,9 @@ def _figures(records):
         yield "fields", plot_fields(records)[0][0].figure, basis([x for x in records if x["name"].split()[0] in (*JITTERED, "baseline")])
     if r["section"] == "random_erase" and {"baseline", "E"} <= set(runs): yield "occlusion", plot_occlusion(records), basis(runs["baseline"] + runs["E"])
     if r["section"] in ATTACKED: yield "attacks", plot_attacks(records)
-    if r["metrics"]["history"] and "pgd_accuracy" in r["metrics"]["history"][0]:
-        yield "watched", plot_watched(records).figure, f"{basis(records, fewer=False)}; under PGD on fewer of them"
+    watched = [x for x in records if "pgd_accuracy" in (x["metrics"]["history"] or [{}])[0]]
+    if watched and r["section"] != "robustness": # which repeats networks of others
+        yield "watched", plot_watched(watched).figure, f"{basis(watched, fewer=False)}; under PGD on fewer of them"
     if r["section"] == "stability":
         yield "trade-off", plot_trade_off(records).figure; yield "corruptions", plot_corruptions(records).figure
         for p in ("noise, article", "certified"):

@@ -49,7 +49,8 @@ class Run:
     def settings(self, scale:Scale) -> Training:
         "The training settings at a scale."
         given = replace(Training(epochs=scale.epochs, batch_size=scale.batch_size, lr=scale.lr), **self.training)
-        return replace(given, epochs=max(1, round(given.epochs*(self.length or 1)/(given.replays or 1)))) # as many steps, replays or not
+        if scale.pretrained and "lr" in self.training: given = replace(given, lr=given.lr/10) # as the scale's own
+        return replace(given, epochs=max(1, round(given.epochs*(self.length or 1)/(given.replays or 1)))) # about as many steps, replays or not
 
 # %% ../nbs/19_grids.ipynb #de59fd33
 def baseline() -> list[Run]:

@@ -68,7 +68,8 @@ def plot_boxes(model, # built with boxes=True
     some = spread_over(images, n)
     said = predict_boxes(model, some)
     fig = show_images(some.images, [f"IoU {v:.2f}" for v in box_iou(said, some.boxes)], columns=8, boxes=some.boxes)
-    for ax, (x0, y0, x1, y1) in zip(fig.axes, said.mul(some.images.shape[-1]).tolist(), strict=False):
+    h, w = some.images.shape[2:]
+    for ax, (x0, y0, x1, y1) in zip(fig.axes, said.mul(said.new_tensor([w, h, w, h])).tolist(), strict=False):
         ax.add_patch(plt.Rectangle((x0 - .5, y0 - .5), x1 - x0, y1 - y0, fill=False, edgecolor="deepskyblue", linewidth=1.5))
     return fig
 

@@ -128,6 +128,7 @@ def degrade_boxes(images:ImageSet, # with boxes
     if kind == "jitter":
         moved = (b + amount*(b[:, 2:] - b[:, :2]).repeat(1, 2)*torch.randn(b.shape, generator=gen)).clamp(0, 1)
         new = torch.cat([torch.minimum(moved[:, :2], moved[:, 2:]), torch.maximum(moved[:, :2], moved[:, 2:])], 1)
+        new = torch.where(known_boxes(new)[:, None], new, b) # one that was moved out of the image stays
     else:
         at = there[torch.randperm(len(there), generator=gen)[:round(amount*len(there))]]
         new = b.clone(); new[at] = b.new_tensor([0., 0, 1, 1]) if kind == "whole" else b[at.roll(1)]

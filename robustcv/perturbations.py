@@ -39,7 +39,7 @@ class Perturbation:
 def _still(f, *args, **kwargs): return lambda x, y, model: f(x, *args, **kwargs)
 
 def occlude(x:Tensor, side:float, at:tuple=(.5, .5)) -> Tensor:
-    "Cover a square, `side` of the image's side, centred at `at` (down and right, fractions of the image), with mid-gray."
+    "Cover a square (in an oblong image a rectangle), `side` of the image's sides, centred at `at` (down and right, fractions of the image), with mid-gray."
     x = x.clone()
     (top, bottom), (left, right) = ((max(0, math.ceil(n*c - .5) - round(n*side/2)), math.ceil(n*c - .5) + round(n*side/2))
                                     for n, c in zip(x.shape[2:], at, strict=True))

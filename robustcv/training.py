@@ -383,7 +383,7 @@ def fit(model:nn.Module, # trained in place; maps (B,3,H,W) in [0,1] to logits (
         seed:int=0, # of order, transforms and whatever else is random in training
         device=None, # where to train; None: the best device there is
         folder=None, # for checkpoints, and to resume from; None: nothing is written
-        watch=None, # watch(model, batches of `valid`, rows of the epochs before) -> dict of numbers: more columns, measured after every epoch
+        watch=None, # watch(model, batches of `valid`: this process's share, rows of the epochs before) -> dict of numbers: more columns, after every epoch
         probe:ImageSet|None=None, # images for the training accuracy; None: `probe_images`
        ) -> pd.DataFrame: # one row an epoch: loss, accuracies in %, lr, seconds, images_per_second
     "Train a model, with a measurement and a checkpoint after every epoch; resumes an unfinished run."

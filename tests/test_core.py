@@ -270,11 +270,12 @@ def test_the_commit_is_that_of_the_files_that_run(tmp_path, monkeypatch):
     (package/"core.py").write_text("2")
     assert commit() == git("rev-parse", "--short=12", "HEAD") + "-dirty"
 
-ROW = dict(perturbation="clean", strength=None, unit="", correct=3, n=10, seconds=0., hits="AAA=")
+ROW = dict(perturbation="clean", strength=None, unit="", correct=3, n=10, seconds=0., hits="4AA=")
 
 @pytest.mark.parametrize("row, said", [("clean", "a JSON object, not str"), ({**ROW, "n": 0}, "3 correct of 0"), ({**ROW, "correct": 11}, "11 correct of 10"),
     ({**ROW, "hits": "!!"}, "'hits' is not of 10 images"), ({k: v for k, v in ROW.items() if k != "hits"}, "field 'hits' is missing"),
-    ({**ROW, "strength": "much"}, "field 'strength'"),
+    ({**ROW, "strength": "much"}, "field 'strength'"), ({**ROW, "hits": "*AA="}, "'hits' is not of 10 images"),
+    ({**ROW, "hits": "8AA="}, "'hits' is not of 10 images of which 3 are right"),
     *[({k: v for k, v in ROW.items() if k != lost}, f"field '{lost}'") for lost in ("strength", "unit", "seconds")]])
 def test_a_damaged_measurement_is_named_by_file_line_and_row(tmp_path, row, said):
     sound = {**BASE, "metrics": {"evaluation": [ROW]}}

@@ -175,6 +175,13 @@ def attacked():
         for h in r["metrics"]["history"]: h["pgd_accuracy"] = 10.*h["epoch"]
     return records
 
+def mixed():
+    "An ensemble, which has no history, a network that was not watched, and one that was."
+    records = attacked() + [{**attacked()[0], "name": "ensemble"}]
+    records[2]["metrics"]["history"] = []
+    for h in records[0]["metrics"]["history"]: del h["pgd_accuracy"]
+    return records[::-1]
+
 def test_attacks_are_drawn_from_clean_accuracy_to_the_greatest_radius():
     fig = plot_attacks(attacked())
     for ax, name in zip(fig.axes, ("DenseNet-121", "ResNet-18"), strict=True):
@@ -275,10 +282,12 @@ def figure_names(records, folder):
     ([record(), record(seed=1), record("flip + crop")], ["curves", "perturbations", "filters"]), ([record(n) for n in "abcd"], ["runs", "filters"]),
     (jittered(), ["runs", "fields"]), (jittered()[:3], ["curves", "perturbations", "fields"]),
     (jittered()[1:2], ["curves", "perturbations", "fields"]),
-    (attacked(), ["curves", "perturbations", "attacks", "watched"]), (erased(), ["runs", "occlusion"]), (erased()[1:3], ["curves", "perturbations"]),
+    (attacked(), ["curves", "perturbations", "attacks", "watched"]), (mixed(), ["curves", "perturbations", "attacks", "watched"]),
+    (erased(), ["runs", "occlusion"]), (erased()[1:3], ["curves", "perturbations"]),
     (turned_records(), ["curves", "perturbations", "orientations", "cost", "selectivity", "filters"]),
     (noisy_records(), ["curves", "perturbations", "trade-off", "corruptions", "noise", "certified"])],
-    ids=["baseline", "many runs", "jitter", "some jitter", "jitter without a baseline", "attacks", "erase", "erase without a baseline",
+    ids=["baseline", "many runs", "jitter", "some jitter", "jitter without a baseline", "attacks", "attacks, some unwatched or without a history",
+         "erase", "erase without a baseline",
          "symmetry", "stability"])
 def test_every_section_has_its_figures(records, expected, tmp_path): assert figure_names(records, tmp_path/"figures") == expected
 
@@ -315,6 +324,7 @@ def test_real_images_are_not_called_synthetic(tiny, tmp_path):
 def test_a_run_s_settings_are_the_scale_s_unless_it_says_otherwise():
     run = Run("s", "n", training=dict(lr=0.5, keep="best"))
     assert run.settings(SCALES["lite"]) == Training(epochs=15, batch_size=64, lr=0.5, keep="best")
+    assert run.settings(SCALES["lite-pretrained"]).lr == .05 and Run("s", "n").settings(SCALES["lite-pretrained"]).lr == .01
 
 def test_the_baseline_is_plain_training_and_augmentation():
     assert {r.name for r in baseline()} == {"plain", "flip + crop"} and all(r.section == "baseline" for r in baseline())

@@ -104,6 +104,13 @@ def test_statistics_over_the_whole_batch_are_for_gpus():
         except ValueError as e: return str(e)
     assert launched(work) == ["sync_batchnorm=True: PyTorch has it for GPUs only"]*2
 
+def test_what_is_watched_is_watched_on_all_images():
+    def work():
+        watch = at.WatchPGD(eps=.02, steps=2, images=7)
+        return fit(net(), images(), images(20, 1), config=CONFIG, device="cpu", watch=watch).pgd_accuracy.tolist()
+    one, (first, second) = launched(work, 1)[0], launched(work)
+    assert first == second == pytest.approx(one, abs=100/7 + 1e-9) and all(round(v*7/100, 6) == round(v*7/100) for v in first)
+
 def test_the_caller_s_own_accelerator_is_left_alone():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
