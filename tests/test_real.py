@@ -55,8 +55,8 @@ def test_pixels_labels_and_boxes_are_those_of_the_files(sets, real):
 @pytest.mark.parametrize("scale", ["lite", "full"])
 def test_what_is_on_record_of_these_images_is_of_the_grids_of_today(scale, real):
     about = describe_data(*scale_data(SCALES[scale], real))
-    ids = {job.id for job in plan(SECTIONS, SCALES[scale], about, range(3), folder="nowhere")}
     records = [r for r in load_records(Path(__file__).parent.parent / "results") if r["scale"] == scale]
+    ids = {job.id for job in plan(SECTIONS, SCALES[scale], about, sorted({r["seed"] for r in records}), folder="nowhere")}
     if about["fingerprint"] not in {r["data"]["fingerprint"] for r in records}: pytest.skip("the records are of other images, such as 400 of the 500 a class")
     assert not [(r["section"], r["name"], r["seed"]) for r in records if r["id"] not in ids]
 
