@@ -200,6 +200,8 @@ def test_jitter_is_in_sides_of_the_box_and_grows_with_the_amount():
     assert overlaps[0] == pytest.approx(1) and overlaps == sorted(overlaps, reverse=True)
     wild = degrade_boxes(data, "jitter", 5.).boxes
     assert (wild >= 0).all() and (wild <= 1).all() and (wild[:, 2:] >= wild[:, :2]).all()
+    corner = images(400, given=torch.tensor([[.5, .5, 1., 1.]]*400))
+    assert known_boxes(degrade_boxes(corner, "jitter", 1.).boxes).all() # spoiled, and not lost
 
 @pytest.mark.parametrize("kind", ["jitter", "whole", "shuffled"])
 def test_spoiling_leaves_images_and_originals_alone_and_repeats(kind):
@@ -304,6 +306,12 @@ def test_given_and_predicted_boxes_are_drawn_with_their_overlap(model):
     fig, said = plot_boxes(model.eval(), data, 3), box_iou(predict_boxes(model, data), data.boxes)
     assert [ax.get_title() for ax in fig.axes if ax.get_title()] == [f"IoU {said[i]:.2f}" for i in (0, 2, 5)]
     assert all(len(ax.patches) == 2 for ax in fig.axes[:3])
+
+def test_boxes_are_drawn_where_they_are_in_oblong_images(monkeypatch):
+    data = ImageSet(torch.zeros(3, 3, 32, 64, dtype=torch.uint8), torch.zeros(3).long(), ("a",), torch.tensor([[.25, .5, .75, 1.]]*3))
+    monkeypatch.setattr("robustcv.model_figures.predict_boxes", lambda model, some: some.boxes.clone())
+    for ax in plot_boxes(None, data, 3).axes[:3]:
+        assert len({(*p.get_xy(), p.get_width(), p.get_height()) for p in ax.patches}) == 1 # predicted as given
 
 def test_the_giou_loss_reads_nothing_from_the_device():
     with FakeTensorMode():
