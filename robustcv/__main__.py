@@ -21,7 +21,7 @@ from .core import (SCALES, SIZES, alone_with, atomic_path, choose, device_name, 
 from .data import in_both, known_boxes, load_data
 from .download import download_tiny_imagenet
 from .evaluation import COLUMNS, compare, evaluate, pack, right_by_condition, unpack
-from .tables import caption, markdown, table
+from .tables import caption, check_whole, markdown, table
 from .experiments import plan, run_sections, show_plan
 from .single_run import describe_data, scale_data
 from .figures import draw_figures, draw_summary, write_figure
@@ -155,7 +155,7 @@ def evaluate_model(model:Path=typer.Argument(..., help="File written by `robustc
     if net.classes is not None and net.classes != valid.classes:
         raise ValueError(f"{model}: was trained on {len(net.classes)} classes ({', '.join(net.classes[:3])}, …); "
                          f"{data} has {len(valid.classes)} ({', '.join(valid.classes[:3])}, …)")
-    if known.name == valid.name and net.trained_on not in (None, known.fingerprint):
+    if known.name == valid.name and net.trained_on not in (None, known.fingerprint): # halves of one folder
         warnings.warn(f"{data}: its training part is not what {model} was trained on; if images came or went since, some of those that it was trained on "
                       "may be measured now: keep a folder val/ beside train/", stacklevel=2)
     result = evaluate(net, valid, precision=precision, device=device)
@@ -201,7 +201,6 @@ def run(sections:list[str]=typer.Argument(..., help=f"Some of: {', '.join(SECTIO
     try: chosen = None if seeds is None else [int(s) for s in seeds.split(",")]
     except ValueError: raise ValueError(f"seeds={seeds}: expected numbers separated by commas, e.g. 0,1,2") from None
     if pretrained: scale = f"{scale.removesuffix('-pretrained')}-pretrained"
-    for r in load_records(results): _check_whole(r, results)
     names = [choose("section", s, [*SECTIONS, "all"]) for s in sections]
     if "all" in names: names = list(SECTIONS)
     if dry_run:
@@ -288,16 +287,6 @@ def write_report(path, # HTML file to write
     with atomic_path(path) as part: part.write_text(page, encoding="utf-8")
     return str(Path(path).resolve())
 
-# %% ../nbs/40_command_line.ipynb #593ea4c3
-_WHOLE = {"data": dict(name=str, classes=int, train=int, valid=int, pixels=int, synthetic=bool, fingerprint=str), "config": dict(run=dict),
-          "metrics": dict(evaluation=list, history=list, train_accuracy=(int, float), valid_accuracy=(int, float))}
-
-def _check_whole(record, results):
-    "Refuse a record that lacks what tables and figures are made of."
-    lacks = [f"{part}: {name}" for part, names in _WHOLE.items() for name, kind in names.items() if not isinstance(record[part].get(name), kind)]
-    if lacks: raise ValueError(f"{results}: record {record['id'][:8]} ({record['section']} / {record['name']}) lacks {', '.join(lacks)}; "
-                               "remove its line, and run it again")
-
 # %% ../nbs/40_command_line.ipynb #d0962d26
 def _on_record(results, scale):
     "The records of a scale; of several data sets those of the first, with a warning, so that one statistic never mixes two."
@@ -308,7 +297,7 @@ def _on_record(results, scale):
         there = sorted({r["scale"] for r in found}, key=list(SCALES).index)
         others = f"there are some at {', '.join(there)}: --scale {there[0]}" if there else f"make some with `robustcv run … --scale {scale}`"
         raise ValueError(f"{results}: no records at scale '{scale}'; {others}" if results.is_dir() else f"{results}: no such folder of records; {others}")
-    for r in records: _check_whole(r, results)
+    check_whole(records, results)
     own = [r for r in records if r["data"]["fingerprint"] == records[0]["data"]["fingerprint"]]
     if len(own) < len(records):
         warnings.warn(f"{results}: of {len(records)} records at scale '{scale}', {len(records) - len(own)} are of other images than "
@@ -375,7 +364,7 @@ def record(id:str=typer.Argument(..., help="The beginning of a record's id, as t
     if len(found) != 1:
         raise ValueError(f"id={id}: {len(found)} records in {results} begin so; give {'more of the id' if found else 'an id from `robustcv claims --json`'}")
     r, measured = found[0], found[0]["metrics"]
-    _check_whole(r, results)
+    check_whole(found, results)
     print(json.dumps({k: v for k, v in r.items() if k != "metrics"}, indent=1, ensure_ascii=False))
     print(json.dumps({k: v for k, v in measured.items() if k not in ("history", "evaluation", "filters")}, ensure_ascii=False))
     _show(unpack(measured["evaluation"])[COLUMNS[:8]])

@@ -18,6 +18,7 @@ import pandas as pd
 from .core import SCALES, Scale, alone_with, append_record, choose, git_commit, load_records, make_record, record_file
 from .grids import SECTIONS, Run
 from .processes import join_processes, main_process, wait_for_all
+from .tables import check_whole
 from .single_run import Setting, identity, in_training, lacking, measure_members, measured_together, scale_data, train_run
 
 # %% ../nbs/20_experiments.ipynb #bc463f13
@@ -39,7 +40,7 @@ def plan(sections:list, # names of sections
          boxes:bool=True, # whether the images have boxes; runs that learn them are left out otherwise
         ) -> list: # of `Job`
     "What a grid of runs consists of, and how far it has come."
-    records = [r for r in load_records(results) if r["scale"] == scale.name]
+    records = check_whole([r for r in load_records(results) if r["scale"] == scale.name], results)
     done, there, jobs, seeds = {r["id"] for r in records}, set(), [], scale.seeds if seeds is None else list(dict.fromkeys(int(s) for s in seeds))
     for run, seed in ((r, s) for r in _chosen(sections, names) for s in seeds if boxes or not r.boxes):
         config, id = identity(run, seed, scale, about)

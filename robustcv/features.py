@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoints import PAUSE, Checkpoint, signature
 from .core import derive_seed, generator, pick_device
 from .data import Batches, ImageSet
 from .models import Classifier, evaluating
 from .processes import main_process
 from .symmetry import RandomSymmetry, check_sides, orbit_features, split_at, symmetrize, turned
-from .training import (PAUSE, Checkpoint, Training, _check_fit, _check_parts, _one_cycle, _signature, _tell, autocast, cross_entropy, fit, not_finite,
+from .training import (Training, _check_fit, _check_parts, _optimizer, _tell, autocast, cross_entropy, fit, not_finite,
                                probe_images)
 
 # %% ../nbs/04a_features.ipynb #44bf1b20
@@ -56,13 +57,11 @@ def fit_from(model:Classifier, # trained in place, from a stage on
     if (size := gigabytes(model, first, train)) > most:
         print(f"from {first} on: features of {len(train):,} images in 8 orientations would take {size:.1f} GB, more than {most:g}: "
               "computed anew for every batch", flush=True)
-        history = fit(symmetrize(model) if pooled else model, train, turned(valid), transform=None if pooled else RandomSymmetry(),
-                      config=config, seed=seed, device=device, folder=folder, probe=turned(probe_images(train, valid, seed)))
-        _tell(model, train)
-        return history
+        return fit(symmetrize(model) if pooled else model, train, turned(valid), transform=None if pooled else RandomSymmetry(),
+                   config=config, seed=seed, device=device, folder=folder, probe=turned(probe_images(train, valid, seed)))
     run = _cache(model, first, train, valid, config, seed, device, pooled)
     what = f"features before {first}{', pooled' if pooled else ''}"
-    checkpoint = Checkpoint(folder, model, run.optimizer, run.schedule, folder and _signature(model, train, valid, cross_entropy, what, config, seed), PAUSE)
+    checkpoint = Checkpoint(folder, model, run.optimizer, run.schedule, folder and signature(model, train, valid, cross_entropy, what, config, seed), PAUSE)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         done = checkpoint.load(); _tell(model, train)
         for n in range(done, config.epochs): checkpoint.save(run.epoch(n), main_process(), last=n + 1 == config.epochs)
@@ -109,8 +108,6 @@ def _cache(model, first, train, valid, config, seed, device, pooled):
         cached = orbit_features(before, train, device=device)
         seen = lambda s: orbit_features(before, s, device=device) if pooled else orbit_features(before, turned(s), [0], device)
         probes = {n: (seen(s), s.labels.to(device)) for n, s in (("train_accuracy", probe_images(train, valid, seed)), ("valid_accuracy", valid))}
-    model.zero_grad() # what the caller left
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], config.lr, config.momentum, weight_decay=config.weight_decay)
     order = replace(train, images=train.images[:, :, :1, :1]) # only which images, and their labels, are needed from here on
     batches = Batches(order, config.batch_size, shuffle=True, drop_last=True, seed=seed, device=device)
-    return _Cached(after, cached, probes, batches, optimizer, _one_cycle(optimizer, config, config.epochs*len(batches)), config, seed, pooled)
+    return _Cached(after, cached, probes, batches, *_optimizer(model, config, config.epochs*len(batches)), config, seed, pooled)

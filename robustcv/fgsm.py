@@ -72,7 +72,7 @@ def _recording(x): return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 def check_labels(out:Tensor, y:Tensor) -> Tensor: # the logits (B,K), if every label has one
     "Raise a `ValueError` where a label lies beyond the outputs, or these are no tensor."
-    if not isinstance(out, Tensor): check_logits(out)
+    check_logits(out, finite=False)
     if out.ndim != 2 or not _recording(out) and int(y.max()) >= out.shape[1]:
         raise ValueError(f"labels: the model's output of shape {tuple(out.shape)} has no logit for label {int(y.max())}")
     return out
@@ -102,7 +102,9 @@ def _slope(out, y, loss):
     slope, = torch.autograd.grad(loss(wide, y).sum(), wide)
     return (slope/slope.abs().amax(1, keepdim=True).clamp_min(1e-300)).to(out.dtype)
 
+# %% ../nbs/12_fgsm.ipynb #4bdce759
 def _check_numbers(out):
+    "Refuse NaN where an attack is called by itself; in training, `fit` finds it in the loss, and names the learning rate."
     if out.isnan().any():
         n = int(out.isnan().any(1).sum())
         raise ValueError(f"model: its outputs are no numbers (NaN) for {n} of {len(out)} images; its weights are damaged, or it divides by 0")

@@ -17,9 +17,10 @@ import pandas as pd
 import torch
 
 from .claims import plot_claims
-from .core import COLORS, atomic_path, generator, model_colors, normalized, set_style
+from .core import COLORS, SCALES, atomic_path, generator, model_colors, normalized, set_style
 from .perturbations import ORBIT, labelled, standard_perturbations
 from .evaluation import plot_bars, plot_strength
+from .adversarial_training import WatchPGD
 from .single_run import ATTACKED, QUICK
 from .tables import basis, by_name, filters, one_setting, pool, pooled
 from .models import show_filters
@@ -136,6 +137,10 @@ def plot_attacks(records:list, # of a section that measures attacks
     return fig
 
 # %% ../nbs/22_figures.ipynb #ab3626ce
+def _history(records):
+    "A run's figures by epoch, averaged over the seeds."
+    return pd.DataFrame(sum((r["metrics"]["history"] for r in records), [])).groupby("epoch", as_index=False).mean()
+
 def plot_watched(records:list, # of runs with `WatchPGD`
                  ax=None, # matplotlib axes; None: new ones
                 ): # the axes
@@ -143,13 +148,13 @@ def plot_watched(records:list, # of runs with `WatchPGD`
     import matplotlib.pyplot as plt
     runs = by_name(one_setting(records))
     ax, colors = ax or plt.subplots(figsize=(7, 3.6))[1], model_colors(runs)
-    attack = dict(steps=10, images=256) | QUICK.get(records[0]["scale"].removesuffix("-pretrained"), {}).get("watch", {}) # `WatchPGD`'s own, or fewer
+    attack = WatchPGD(**QUICK.get(SCALES[records[0]["scale"]].size, {}).get("watch", {}))
     for name, rs in runs.items():
-        h = pd.DataFrame(sum((r["metrics"]["history"] for r in rs), [])).groupby("epoch", as_index=False).mean()
+        h = _history(rs)
         share = h.epoch/h.epoch.max() # free training has fewer epochs, with several steps a batch
         ax.plot(share, h.pgd_accuracy, color=colors[name], label=name); ax.plot(share, h.valid_accuracy, color=colors[name], ls="--", alpha=.6)
     ax.set(xlabel="share of the training", ylabel="accuracy (%)", ylim=(-1, None),
-           title=f"solid: under PGD-{attack['steps']}, ε = 0.2 normalised, on at most {attack['images']} of the images; dashed: clean")
+           title=f"solid: under PGD-{attack.steps}, ε = 0.2 normalised, on at most {attack.images} of the images; dashed: clean")
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
@@ -272,8 +277,7 @@ def _figures(records):
     r, runs = records[0], by_name(records)
     learnt = {n: rs for n, rs in runs.items() if rs[0]["metrics"]["history"]} # an ensemble has none
     if len(runs) <= 3 and learnt:
-        histories = {n: pd.DataFrame(sum((x["metrics"]["history"] for x in rs), [])).groupby("epoch", as_index=False).mean() for n, rs in learnt.items()}
-        yield "curves", plot_history(histories).figure, basis(sum(learnt.values(), []), fewer=False)
+        yield "curves", plot_history({n: _history(rs) for n, rs in learnt.items()}).figure, basis(sum(learnt.values(), []), fewer=False)
         standard = {p.name for p in standard_perturbations()}
         yield "perturbations", plot_bars({n: (t := pool(rs))[t.perturbation.isin(standard)] for n, rs in runs.items()}).figure
     else: yield "runs", plot_runs(records).figure, basis(records, fewer=False)

@@ -85,10 +85,12 @@ def evaluating(*models:nn.Module): # context manager
         for m, was in modes:
             if m.training != was: m.training = was
 
-def check_logits(out) -> Tensor: # `out`
+def check_logits(out, # what a model returned
+                 finite:bool=True, # False: infinite ones may be meant, such as those of classes that are ruled out
+                ) -> Tensor: # `out`
     "Refuse what a model returns if it is no tensor, or holds what cannot be compared."
     if not isinstance(out, Tensor): raise ValueError(f"model: returns a {type(out).__name__} and not logits (B,K); wrap it in a module that does")
-    if not out.isfinite().all(): raise ValueError("model: its outputs are not finite; the weights are damaged or the input is not in [0,1]")
+    if finite and not out.isfinite().all(): raise ValueError("model: its outputs are not finite; the weights are damaged or the input is not in [0,1]")
     return out
 
 # %% ../nbs/03_models.ipynb #a4a1aa43

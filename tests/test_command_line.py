@@ -309,10 +309,12 @@ def test_the_record_of_the_example_is_on_record():
     assert '"section": "baseline"' in call("record", id, "--results", Path(__file__).parent.parent/"results")
 
 @pytest.mark.parametrize("part, field", [("data", "name"), ("config", "run"), ("metrics", "evaluation"), ("metrics", "train_accuracy")])
-@pytest.mark.parametrize("command", ["claims", "scoreboard", "figures"])
+@pytest.mark.parametrize("command", ["claims", "scoreboard", "figures", "run"])
 def test_a_record_that_lacks_something_is_named(tmp_path, part, field, command):
     record = load_records(Path(__file__).parent.parent/"results"/"baseline-lite.jsonl")[0]
     record = {**record, part: {k: v for k, v in record[part].items() if k != field}}
     (tmp_path/"baseline.jsonl").write_text(json.dumps(record) + "\n")
-    done = CliRunner().invoke(app, [command, "--scale", record["scale"], "--results", str(tmp_path)])
+    if command == "run":
+        (tmp_path/"baseline.jsonl").write_text(json.dumps({**record, "scale": "smoke"}) + "\n"); record["scale"] = "smoke"
+    done = CliRunner().invoke(app, [command, *(["baseline", "--dry-run"] if command == "run" else []), "--scale", record["scale"], "--results", str(tmp_path)])
     assert done.exit_code == 1 and record["id"][:8] in done.output and f"{part}: {field}" in done.output.replace("\n", " ")

@@ -11,7 +11,7 @@ import pytest
 import robustcv
 
 HERE = Path(robustcv.__file__).parent
-LAYERS = [["core"], ["cache", "download", "drawing", "processes"], ["data"], ["synthetic", "transforms", "models"], ["affine"],
+LAYERS = [["core"], ["cache", "download", "drawing", "processes"], ["data"], ["synthetic", "transforms", "models"], ["affine", "checkpoints"],
           ["color_jitter", "random_erase", "fgsm", "stability", "symmetry", "multi_task", "ensemble", "recipe"], ["adversarial_training"],
           ["perturbations", "training"], ["evaluation", "grids", "features"], ["single_run", "tables", "scaling"],
           ["experiments"], ["comparisons"], ["claims", "scoreboard", "benchmarks"], ["figures"], ["model_figures"], ["__main__"]]

@@ -19,7 +19,8 @@ from robustcv.data import Batch, Batches, ImageSet, take
 from robustcv.models import build_model, load_model, save_model
 from robustcv.adversarial_training import FreeAdversarial, WarmUp, adversarial_loss
 from robustcv.recipe import mixed_loss
-from robustcv.training import Checkpoint, Training, _epoch, _Run, _set_up, accuracy, autocast, cross_entropy, fit, plot_history
+from robustcv.checkpoints import Checkpoint
+from robustcv.training import Training, _epoch, _Run, _set_up, accuracy, autocast, cross_entropy, fit, plot_history
 from robustcv.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 K, CONFIG = 3, Training(epochs=3, batch_size=8, lr=0.01, precision="fp32")
